@@ -1,0 +1,116 @@
+"""Which backend serves an op: one table, one picker.
+
+A backend is a module of :mod:`fastadapt.backends` with ``refusal(op, device_type, dtype, facts) -> str | None``
+(None: it can) and one function an op, of the signature in :mod:`fastadapt.ops.schemas`. The reference is the op's
+own file. Ops ask :func:`pick`; nothing else chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
+
+# Fastest first; what runs on a device type without being forced.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
+
+_MODULES = {
+    "reference": "fastadapt.ops.reference",
+    "cpu": "fastadapt.backends.cpu",
+    "triton": "fastadapt.backends.triton",
+    "cuda": "fastadapt.backends.cuda",
+}
+_loaded: dict[str, ModuleType | str] = {}  # the module, or why it can't be loaded
+
+
+def _validated(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}; accepted are {', '.join(BACKENDS)}")
+    return name
+
+
+_environment = os.environ.get("FASTADAPT_BACKEND") or None
+_forced: str | None = _validated(_environment, "FASTADAPT_BACKEND") if _environment else None
+
+
+def load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it can't be had here. Loaded at first need, once."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(_MODULES[name])
+        except (ImportError, OSError) as error:
+            _loaded[name] = f"{name} backend cannot be loaded: {error}"
+    return _loaded[name]
+
+
+def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str | None:
+    """Why backend ``name`` can't serve this call; None where it can."""
+    module = load(name)
+    if isinstance(module, str):
+        return module
+    return module.refusal(op, device_type, dtype, facts)
+
+
+def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
+    """The function that serves ``op``; raises ``RuntimeError`` where a forced backend can't."""
+    if _forced is not None:
+        reason = refusal(_forced, op, device_type, dtype, **facts)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} was forced but cannot run {op}: {reason}")
+        return getattr(load(_forced), op)
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        if refusal(name, op, device_type, dtype, **facts) is None:
+            return getattr(load(name), op)
+    raise RuntimeError(f"no backend runs {op} on {device_type} in {dtype}")
+
+
+def choice(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> tuple[str, dict[str, str]]:
+    """(the backend that :func:`pick` takes, {each faster backend: why it was refused}); for ``fa.explain``."""
+    if _forced is not None:
+        reason = refusal(_forced, op, device_type, dtype, **facts)
+        return (_forced, {}) if reason is None else ("none", {_forced: reason})
+    refused: dict[str, str] = {}
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        reason = refusal(name, op, device_type, dtype, **facts)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return "none", refused
+
+
+def forced() -> str | None:
+    """The backend forced by :func:`backend` or ``FASTADAPT_BACKEND``, if any."""
+    return _forced
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for the whole process while the context lasts.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: on entry where the backend can't be loaded, and by an op that it can't serve.
+    """
+    global _forced
+    _validated(name, "backend")
+    module = load(name)
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

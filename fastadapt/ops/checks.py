@@ -1,0 +1,55 @@
+"""Argument checks that every public op shares. An error names the argument, what was given, what is accepted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}; a tensor is accepted")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {x.dtype}; accepted are float32, bfloat16, float16 and float64")
+
+
+def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:
+    """Dtype, shape and device of a parameter; None passes."""
+    if x is None:
+        return
+    floating(name, x)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is {expected}")
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, but x is on {device}; move one of them")
+
+
+def like(name: str, x: Tensor | None, reference: Tensor) -> None:
+    """Shape and device of an activation that goes beside x."""
+    if x is not None:
+        shape(name, x, tuple(reference.shape), reference.device)
+
+
+def probability(name: str, p: float) -> float:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: got {p}; accepted is a probability from 0 to 1")
+    return float(p)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an op computes in: autocast's where it is on for x's device (float64 stays), else x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., H] as a contiguous [T, H] in ``dtype``; no copy where it already is one."""
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

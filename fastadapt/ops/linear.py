@@ -1,0 +1,121 @@
+"""Linear layers with frozen, packed weights, an activation and dropout; several weights share one input.
+
+    y = drop(σ(x [W_0; W_1; ...]ᵀ + [b_0; b_1; ...]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapt import dispatch
+from fastadapt.ops import checks
+from fastadapt.ops.activations import activate, canonical, derivative
+from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.schemas import accumulation_dtype
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | None | Sequence[Tensor | None] = None,
+    *,
+    activation: str = "none",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``drop(σ(x Wᵀ + bias))``; a list of weights is one stacked matrix (query, key and value as one product).
+
+    Weights are packed once and packed anew when their version counter changes; a bias may require a gradient, and
+    a weight that requires one takes the reference path, which differentiates it.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], or a sequence of [N_i, K].
+        bias: [N] or None, or a sequence of the same length.
+        activation, dropout_p, seed: as in :func:`fastadapt.ops.bottleneck`.
+
+    Returns:
+        [..., ΣN_i] in x's dtype, or in autocast's where autocast is on.
+    """
+    checks.floating("x", x)
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases = [bias] if bias is None or isinstance(bias, Tensor) else list(bias)
+    if len(biases) == 1 and biases[0] is None:
+        biases = [None] * len(weights)
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is one a weight")
+    for w, b in zip(weights, biases, strict=True):
+        checks.floating("weight", w)
+        if w.dim() != 2:
+            raise ValueError(f"weight: got shape {tuple(w.shape)}; accepted is [N, {x.shape[-1]}]")
+        checks.shape("weight", w, (w.shape[0], x.shape[-1]), x.device)
+        checks.shape("bias", b, (w.shape[0],), x.device)
+    activation = canonical(activation)
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    dtype = checks.compute_dtype(x)
+    seed = resolve_seed(seed, dropout_p, x.device)
+    flat = checks.flatten(x, dtype)
+    options = (activation, dropout_p, seed)
+    if checks.differentiable(*weights):
+        y, _ = linear_forward(flat, weights, biases, *options, False)
+    elif checks.differentiable(x, *biases):
+        y = _Linear.apply(flat, *options, len(weights), *weights, *biases)
+    else:
+        kernel = dispatch.pick("linear_forward", x.device.type, dtype, features=x.shape[-1])
+        y, _ = kernel(flat, weights, biases, *options, False)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, activation, dropout_p, seed, count, *parameters):
+        weights, biases = list(parameters[:count]), list(parameters[count:])
+        kernel = dispatch.pick("linear_forward", x.device.type, x.dtype, features=x.shape[1])
+        y, z = kernel(x, weights, biases, activation, dropout_p, seed, True)
+        ctx.save_for_backward(z, seed, *weights)
+        ctx.options = (activation, dropout_p)
+        ctx.biases = [None if b is None else (b.shape[0], b.dtype) for b in biases]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        z, seed, *weights = ctx.saved_tensors
+        activation, dropout_p = ctx.options
+        need_dbias = ctx.needs_input_grad[5 + len(weights) :]
+        kernel = dispatch.pick("linear_backward", dy.device.type, dy.dtype, features=weights[0].shape[1])
+        dx, dbias = kernel(
+            dy.contiguous(), z, weights, activation, dropout_p, seed, ctx.needs_input_grad[0], any(need_dbias)
+        )
+        dbiases: list[Tensor | None] = [None] * len(weights)
+        if any(need_dbias):
+            parts = dbias.split([w.shape[0] for w in weights])
+            dbiases = [p.to(b[1]) if n else None for p, b, n in zip(parts, ctx.biases, need_dbias, strict=True)]
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, *([None] * len(weights)), *dbiases
+
+
+# -- reference ---------------------------------------------------------------------------------------------------
+
+
+def linear_forward(x, weights, biases, activation, dropout_p, seed, save):
+    """The oracle of every backend; see :mod:`fastadapt.ops.schemas` for the contract."""
+    parts = [F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in zip(weights, biases, strict=True)]
+    z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    y = dropout(activate(activation, z), dropout_p, seed)
+    return y, z if save and activation != "none" else x.new_empty(0)
+
+
+def linear_backward(dy, z, weights, activation, dropout_p, seed, need_dx, need_dbias):
+    """The oracle of every backend's backward."""
+    dz = dropout(dy, dropout_p, seed)
+    if activation != "none":
+        dz = dz * derivative(activation, z)
+    wide = accumulation_dtype(dy.dtype)
+    dx = dz @ torch.cat([w.to(dy.dtype) for w in weights]) if need_dx else dy.new_empty(0)
+    dbias = dz.to(wide).sum(0) if need_dbias else dy.new_empty(0, dtype=wide)
+    return dx, dbias

@@ -1,0 +1,130 @@
+"""Residual add, dropout and LayerNorm as one op, for sublayers without an adapter.
+
+    s = drop(x) + [residual],  y = LN(s)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastadapt import dispatch
+from fastadapt.ops import checks
+from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.schemas import accumulation_dtype
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``LN(drop(x) + residual)``, and with ``return_sum`` also the sum under the LayerNorm.
+
+    Args:
+        x: [..., H]; ``residual``: of x's shape, or None.
+        norm_weight, norm_bias: [H].
+        eps: LayerNorm's epsilon.
+        dropout_p, seed: as in :func:`fastadapt.ops.bottleneck`, on x.
+        return_sum: return ``(y, s)``, both differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+    """
+    checks.floating("x", x)
+    hidden = x.shape[-1]
+    checks.like("residual", residual, x)
+    checks.shape("norm_weight", norm_weight, (hidden,), x.device)
+    checks.shape("norm_bias", norm_bias, (hidden,), x.device)
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    dtype = checks.compute_dtype(x)
+    seed = resolve_seed(seed, dropout_p, x.device)
+    flat = checks.flatten(x, dtype)
+    flat_residual = None if residual is None else checks.flatten(residual, dtype)
+    if checks.differentiable(x, residual, norm_weight, norm_bias):
+        y, s = _AddNorm.apply(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
+    else:
+        kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden)
+        y, s = kernel(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
+    return (y.view(x.shape), s.view(x.shape)) if return_sum else y.view(x.shape)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum):
+        kernel = dispatch.pick("add_norm_forward", x.device.type, x.dtype, hidden=x.shape[1])
+        y, s = kernel(x, residual, norm_weight, norm_bias, eps, dropout_p, seed, True)
+        ctx.save_for_backward(s, norm_weight, norm_bias, seed)
+        ctx.options = (eps, dropout_p)
+        ctx.set_materialize_grads(False)
+        if not return_sum:
+            ctx.mark_non_differentiable(s)
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        s, norm_weight, norm_bias, seed = ctx.saved_tensors
+        eps, dropout_p = ctx.options
+        need = ctx.needs_input_grad
+        dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+        ds = None if ds is None else ds.contiguous()
+        kernel = dispatch.pick("add_norm_backward", dy.device.type, dy.dtype, hidden=dy.shape[1])
+        dx, dresidual, dweight, dbias = kernel(
+            dy, ds, s, norm_weight, eps, dropout_p, seed, need[0], need[1], any(need[2:4])
+        )
+        return (
+            dx if need[0] else None,
+            dresidual if need[1] else None,
+            dweight.to(norm_weight.dtype) if need[2] else None,
+            dbias.to(norm_bias.dtype) if need[3] else None,
+            *([None] * 4),
+        )
+
+
+# -- reference ---------------------------------------------------------------------------------------------------
+
+
+def norm_backward_reference(dy, s, norm_weight, eps, need_dnorm):
+    """(ds in dy's dtype, dweight, dbias) of y = LN(s), statistics in float32 or wider."""
+    wide = accumulation_dtype(dy.dtype)
+    wide_s, wide_dy = s.to(wide), dy.to(wide)
+    mean = wide_s.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide_s - mean).square().mean(-1, keepdim=True) + eps)
+    normalised = (wide_s - mean) * rstd
+    d = wide_dy * norm_weight.to(wide)
+    ds = rstd * (d - d.mean(-1, keepdim=True) - normalised * (d * normalised).mean(-1, keepdim=True))
+    empty = dy.new_empty(0, dtype=wide)
+    if not need_dnorm:
+        return ds.to(dy.dtype), empty, empty
+    return ds.to(dy.dtype), (wide_dy * normalised).sum(0), wide_dy.sum(0)
+
+
+def add_norm_forward(x, residual, norm_weight, norm_bias, eps, dropout_p, seed, save):
+    """The oracle of every backend; see :mod:`fastadapt.ops.schemas` for the contract."""
+    s = dropout(x, dropout_p, seed)
+    if residual is not None:
+        s = s + residual
+    y = F.layer_norm(s, s.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
+    if not save:
+        return y, x.new_empty(0)
+    return y, s.clone() if s is x else s  # an op's output may not share its input's memory
+
+
+def add_norm_backward(dy, ds, s, norm_weight, eps, dropout_p, seed, need_dx, need_dresidual, need_dnorm):
+    """The oracle of every backend's backward; ``ds`` is the gradient of the sum where that was returned."""
+    d, dweight, dbias = norm_backward_reference(dy, s, norm_weight, eps, need_dnorm)
+    if ds is not None:
+        d = d + ds
+    empty = dy.new_empty(0)
+    dx = dropout(d, dropout_p, seed) if need_dx else empty
+    dresidual = empty if not need_dresidual else d.clone() if dx is d else d
+    return dx, dresidual, dweight, dbias

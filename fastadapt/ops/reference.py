@@ -1,0 +1,22 @@
+"""The reference backend: the plain PyTorch form of every op, on any device, in any floating dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastadapt.ops.attention import attention_backward, attention_forward
+from fastadapt.ops.bottleneck import bottleneck_backward, bottleneck_forward
+from fastadapt.ops.linear import linear_backward, linear_forward
+from fastadapt.ops.norm import add_norm_backward, add_norm_forward
+
+__all__ = [
+    "add_norm_backward", "add_norm_forward", "attention_backward", "attention_forward", "bottleneck_backward",
+    "bottleneck_forward", "linear_backward", "linear_forward", "refusal",
+]  # fmt: skip
+
+
+def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
+    """The reference refuses nothing."""
+    return None
