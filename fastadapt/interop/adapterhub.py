@@ -260,7 +260,7 @@ def save(model: nn.Module, wiring: Wiring, adaptation: Adaptation, folder: Path,
         warnings.warn(
             f"the head of {name!r} is a {type(head).__name__} of the user's own, which no file can rebuild: it is not "
             "saved",
-            stacklevel=4,
+            stacklevel=3,
         )
     own = _own_tensors(adaptation)
     if own or foreign_head:
@@ -274,7 +274,7 @@ def save(model: nn.Module, wiring: Wiring, adaptation: Adaptation, folder: Path,
         warnings.warn(
             f"{name!r} owns LayerNorms, which AdapterHub's format cannot hold: they are saved in {OWN_WEIGHTS}, and "
             "AdapterHub would compute something else from this folder",
-            stacklevel=4,
+            stacklevel=3,
         )
     write_folder(folder, files, _FILES)
 
@@ -339,7 +339,7 @@ class Folder:
         if unsaved:
             warnings.warn(
                 f"the head of {self.name!r}, a {unsaved}, was not saved; a copy of the model's own is used",
-                stacklevel=4,
+                stacklevel=3,
             )
         weights = read_tensors(self.folder, HEAD_WEIGHTS, PICKLED_HEAD_WEIGHTS)
         if weights is None or not wiring.slots_of(model):
@@ -350,7 +350,7 @@ class Folder:
             if theirs != type(model).__name__:
                 warnings.warn(
                     f"the head in {self.folder} is a {theirs}'s; a copy of this {type(model).__name__}'s own is used",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
                 return None
         self.head_weights = weights

@@ -9,7 +9,6 @@ from torch import nn
 
 from fastadapt.modules.bottleneck import Site
 
-
 CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
 
 
