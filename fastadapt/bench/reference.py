@@ -22,6 +22,7 @@ SITES: dict[str, tuple[str, ...]] = {"houlsby": (ATTENTION, FFN), "pfeiffer": (F
 ACTIVATION = {"houlsby": "gelu", "pfeiffer": "relu", "parallel": "relu"}
 SCALE = {"houlsby": 1.0, "pfeiffer": 1.0, "parallel": 4.0}
 TENSORS = ("down.weight", "down.bias", "up.weight", "up.bias")
+NORM_TENSORS = ("LayerNorm.weight", "LayerNorm.bias")  # Houlsby trains them too; AdapterHub leaves them frozen
 
 Site = tuple[int, str]
 Weights = dict[Site, dict[str, Tensor]]
@@ -86,8 +87,8 @@ def install(model: nn.Module, case: Case, weights: Weights) -> nn.Module:
         owner = layer.attention if site == ATTENTION else layer
         owner.output = _Sublayer(owner.output, case.method, tensors)
     for module in adapters(model).values():
-        module.down.requires_grad_(True)
-        module.up.requires_grad_(True)
+        for name in (*TENSORS, *(NORM_TENSORS if case.method == "houlsby" else ())):
+            module.get_parameter(name).requires_grad_(True)
     if hasattr(model, "classifier"):
         model.classifier.requires_grad_(True)
     return model.train(model.training)
@@ -110,5 +111,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{i}.{site}.{name}": module.get_parameter(name).grad
         for (i, site), module in adapters(model).items()
-        for name in TENSORS
+        for name in (*TENSORS, *NORM_TENSORS)
+        if module.get_parameter(name).grad is not None
     }
