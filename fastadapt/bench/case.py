@@ -1,4 +1,4 @@
-"""What is measured: one case names the model, the method, the shapes and the dtype; every system answers the same one."""
+"""What is measured: a case names model, method, shapes and dtype, and every system answers the same one."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def _from_pretrained(auto: Any, case: Case, **options: Any) -> Any:
         return auto.from_pretrained(str(path) if path.is_dir() else case.model, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model: cannot load {case.model!r} ({first}); accepted are {', '.join(RANDOM_MODELS)}, a folder or a hub id"
-        ) from error
+        accepted = f"{', '.join(RANDOM_MODELS)}, a folder or a hub id"
+        raise UserError(f"--model: cannot load {case.model!r} ({first}); accepted are {accepted}") from error
 
 
 def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Module:
@@ -118,7 +117,7 @@ def _tokenizer(case: Case) -> Any:
 
 
 def token_ids(case: Case) -> Tensor:
-    """int64 [batch, seq] without padding: random ids for random weights, else :data:`SENTENCES` through the tokenizer."""
+    """int64 [batch, seq] without padding: random for random weights, else :data:`SENTENCES` through the tokenizer."""
     generator = torch.Generator().manual_seed(case.seed + 1)
     if _random(case):
         return torch.randint(1000, 30000, (case.batch, case.seq), generator=generator).to(case.device)

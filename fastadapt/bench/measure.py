@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +97,20 @@ def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(samples, base, strict=True))
 
 
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's C++ part logs its start and its stop there, past every Python switch."""
+    sys.stderr.flush()
+    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(null)
+
+
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
     """The most bytes PyTorch's allocator held during ``call`` beyond what it held before."""
     gc.collect()
@@ -107,7 +123,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     held = peak = 0
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

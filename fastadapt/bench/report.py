@@ -117,12 +117,12 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def write_json(path: str | Path, records: list[Record], device: str, **more: Any) -> None:
-    """``{"environment": ..., "records": [...]}``."""
+def write_json(path: str | Path, document: dict[str, Any]) -> Path:
+    """``{"environment": ..., "command": ..., "records": [...]}``."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(device), **more, "records": records}
     target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    return target
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
