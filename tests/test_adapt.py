@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from tiny import ALL, METHODS, SEQUENCE, batch, make, output, shake
 from torch import nn
 from transformers import (
     BertConfig,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 import fastadapt as fa
+from tests.tiny import ALL, METHODS, SEQUENCE, batch, make, output, shake
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 by_name = {"ids": lambda c: c.__name__}
@@ -340,7 +340,7 @@ def test_an_unknown_output_class_is_refused():
         fa.adapt(model, METHODS["houlsby"])
 
 
-@pytest.mark.parametrize("name", ["training", "forward", "items", "äß ?", "0", "add"])
+@pytest.mark.parametrize("name", ["training", "forward", "active", "skipped", "äß ?", "0", "add"])
 def test_any_name_without_dots_will_do(name):
     model = fa.adapt(make(), METHODS["houlsby"], name=name)
     assert fa.adaptations(model) == [name]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import METHODS, SEQUENCE, batch, make, output, shake
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 import fastadapt as fa
+from tests.tiny import METHODS, SEQUENCE, batch, make, output, shake
 
 ROOT = Path(__file__).parent / "fixtures" / "adapterhub"
 CASES: dict[str, str] = json.loads((ROOT / "made_by.json").read_text())["cases"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import ALL, METHODS, SEQUENCE, batch, make, output, shake
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, ElectraForSequenceClassification
 
 import fastadapt as fa
 from fastadapt.modules.sublayers import FusedOutput, FusedSelfAttention, FusedSublayer
+from tests.tiny import ALL, METHODS, SEQUENCE, batch, make, output, shake
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

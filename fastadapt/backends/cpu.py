@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastadapt.ops.schemas  # noqa: F401  (defines the ops that the library implements)
 
@@ -70,6 +71,15 @@ def capability(name: str | None = None) -> Iterator[str]:
 def forget(tensors: list[torch.Tensor]) -> int:
     """Drop the packed copies of these tensors; returns how many there were."""
     return torch.ops.fastadapt_cpu.forget(tensors)
+
+
+@torch.compiler.disable
+def _forget_what_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # Fused optimizers (the default of Hugging Face's Trainer) write parameters without moving their version counters.
+    forget([p for group in optimizer.param_groups for p in group["params"] if p.device.type == "cpu"])
+
+
+register_optimizer_step_post_hook(_forget_what_stepped)
 
 
 def release() -> int:

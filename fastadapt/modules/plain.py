@@ -17,6 +17,6 @@ def replaced(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"the forward of its {kind.__name__} is patched"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"its {kind.__name__} has hooks"
-    if kind is nn.LayerNorm and (module.bias is None or len(module.normalized_shape) != 1):
+    if kind is nn.LayerNorm and (module._parameters["bias"] is None or len(module.normalized_shape) != 1):
         return "its LayerNorm has no bias, or spans several dimensions"
     return None

@@ -76,7 +76,10 @@ class Adaptations(nn.Module):
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
 
-    # Children go into _modules directly: add_module would refuse a task called "training" or "forward".
+    # Children go into _modules directly, and attributes past them: a task may be called "training" or "active".
+    def __setattr__(self, key: str, value: Any) -> None:
+        object.__setattr__(self, key, value)
+
     def add(self, name: str, adaptation: Adaptation) -> None:
         self._modules[name] = adaptation
 
