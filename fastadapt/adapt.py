@@ -47,6 +47,7 @@ def restore(model: Model) -> Model:
 
 
 def _restored(model: Model, wiring: Any) -> Model:
+    dispatch.forget(list(model.parameters()))
     wiring.restore(model)
     return model
 
@@ -84,7 +85,7 @@ def install(
     wiring = wiring_of(model)
     base = wiring.base_of(model)
     check_new_name(model, name)
-    if base is not model and wiring.slots_of(model) == {} and getattr(model, model.base_model_prefix, None) is not base:
+    if base is not model and model._modules.get(getattr(model, "base_model_prefix", "")) is not base:
         raise ValueError(
             f"model: got {type(model).__name__}, which wraps the model it adapts; accepted is that model itself"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     ElectraForMaskedLM,
+    PreTrainedModel,
 )
 
 import fastadapt as fa
@@ -103,7 +105,8 @@ def test_several_adaptations(model_class):
     for name in (*METHODS, None):
         fa.activate(model, name)
         outputs[name] = output(model)
-        assert all(key.startswith(f"fastadapt.{name}.") for key in trained(model)) and bool(trained(model)) == (name is not None)
+        assert all(key.startswith(f"fastadapt.{name}.") for key in trained(model))
+        assert bool(trained(model)) == (name is not None)
     values = list(outputs.values())
     assert not any(torch.allclose(a, b, atol=1e-3) for i, a in enumerate(values) for b in values[:i])
     fa.remove(model, "pfeiffer")
@@ -311,7 +314,7 @@ def test_refusals_on_a_plain_model_leave_it_plain():
 
 def test_heads_without_a_free_width():
     for model_class in (BertForQuestionAnswering, BertForMultipleChoice, BertForMaskedLM):
-        with pytest.raises(ValueError, match="head.*no free number of labels"):
+        with pytest.raises(ValueError, match=r"head.*no free number of labels"):
             fa.adapt(make(model_class), METHODS["houlsby"], head=4)
     with pytest.raises(ValueError, match="BertModel has no head"):
         fa.adapt(make(BertModel), METHODS["houlsby"], head=4)
@@ -327,6 +330,66 @@ def test_an_unknown_head_class_is_refused():
     model.classifier.__class__ = Curious
     with pytest.raises(ValueError, match=r"classifier \(Curious\)"):
         fa.adapt(model, METHODS["houlsby"])
+
+
+def test_a_head_in_an_unknown_place_is_refused():
+    class BertOwn(BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = nn.Linear(4, 4)
+
+    model = make(BertOwn)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"extra \(Linear\)"):
+        fa.adapt(model, METHODS["houlsby"])
+    assert_same(snapshot(model), before)
+
+
+def test_a_wrapper_is_refused():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config, self.base_model_prefix = inner, inner.config, "bert"
+
+    with pytest.raises(ValueError, match=r"Wrapper, which wraps"):
+        fa.adapt(Wrapper(make()), METHODS["houlsby"])
+    inner = make()
+    stock = output(inner)
+    fa.accelerate(Wrapper(inner))
+    torch.testing.assert_close(output(inner), stock, **CLOSE)
+    assert "Fused" in type(inner.bert.encoder.layer[0].output).__name__
+
+
+def published(kind: str) -> list[type[nn.Module]]:
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    return [
+        value for name, value in vars(module).items()
+        if name.startswith(kind) and (name == f"{kind}Model" or "For" in name or "LMHead" in name)
+        and isinstance(value, type) and issubclass(value, PreTrainedModel)
+    ]  # fmt: skip
+
+
+PUBLISHED = [model_class for kind in ("Bert", "Roberta", "Electra") for model_class in published(kind)]
+
+
+@pytest.mark.parametrize("model_class", PUBLISHED, **by_name)
+def test_every_published_head(model_class):
+    """Whatever the library has: adapted, its whole head is the adaptation's, and it trains."""
+    model = make(model_class)
+    stock, inputs = output(model), batch(model)
+    fa.adapt(model, METHODS["parallel"], name="a")
+    torch.testing.assert_close(output(model), stock, **CLOSE)
+    model.train()
+    out = model(**inputs)
+    sum(t.float().square().sum() for t in out.to_tuple() if torch.is_tensor(t)).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    base = getattr(model, model.base_model_prefix, model)
+    inside = {id(p) for p in base.parameters()}
+    head = sum(p.numel() for n, p in model.named_parameters() if id(p) not in inside and not n.startswith("fastadapt."))
+    assert fa.parameter_report(model).tasks["a"].head == head
+    fa.unload(model)
+    assert torch.equal(output(model.eval()), stock)
 
 
 def test_an_unknown_output_class_is_refused():
@@ -390,7 +453,8 @@ def test_parameter_report_of_several_tasks():
     report = fa.parameter_report(model)
     assert report.tasks["a"].head == 33 * 3 and report.tasks["b"].head == 33 * 5
     assert report.trained == report.tasks["b"].total
-    assert report.total == report.base + sum(t.total for t in report.tasks.values()) == sum(p.numel() for p in model.parameters())
+    assert report.total == report.base + sum(t.total for t in report.tasks.values())
+    assert report.total == sum(p.numel() for p in model.parameters())
     text = str(report)
     assert "trained" in text and f"{report.tasks['a'].adapter:,}" in text and "share" in text
     assert fa.parameter_report(make()).trained_share == 1.0

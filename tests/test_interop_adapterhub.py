@@ -125,7 +125,8 @@ def test_it_reads_ours(model_class, config, tmp_path):
         fa.save(model, tmp_path / "ours")
     logits = output(model)
     theirs = make(model_class, num_labels=4)
-    theirs.load_state_dict({k: v for k, v in make(model_class).state_dict().items() if "classifier" not in k}, strict=False)
+    base = {key: t for key, t in make(model_class).state_dict().items() if "classifier" not in key}
+    theirs.load_state_dict(base, strict=False)
     adapters.init(theirs)
     theirs.load_adapter(str(tmp_path / "ours"), use_safetensors=True)
     theirs.set_active_adapters("ours")

@@ -128,7 +128,8 @@ def test_initialisation():
         assert not zero.up.weight.any() and zero.down.weight.abs().max() <= 1 / 16 and zero.down.weight.std() > 0.03
     norm = make_norm()
     copied = Site(fa.HoulsbyConfig(), HIDDEN, None, norm, **PLACE)
-    assert copied.down is None and torch.equal(copied.LayerNorm.weight, norm.weight) and copied.LayerNorm.eps == norm.eps
+    assert copied.down is None and copied.LayerNorm.eps == norm.eps
+    assert torch.equal(copied.LayerNorm.weight, norm.weight) and torch.equal(copied.LayerNorm.bias, norm.bias)
     assert copied.LayerNorm.weight is not norm.weight
 
 

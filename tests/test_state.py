@@ -17,6 +17,10 @@ CLASSES = (*SEQUENCE, BertModel, BertForMaskedLM, ElectraForMaskedLM)
 by_name = {"ids": lambda c: c.__name__}
 
 
+def ours_of(state) -> set[str]:
+    return {key for key in state if key.startswith("fastadapt.")}
+
+
 def test_keys():
     model = make()
     base = list(model.state_dict())
@@ -47,7 +51,7 @@ def test_save_pretrained_writes_the_base(model_class, active, tmp_path):
         fa.activate(model, None)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert {k for k in stored if k.startswith("fastadapt.")} == {k for k in model.state_dict() if k.startswith("fastadapt.")}
+    assert ours_of(stored) == ours_of(model.state_dict()) != set()
 
     stock = model_class.from_pretrained(tmp_path)
     assert type(stock) is model_class and not hasattr(stock, "fastadapt")
