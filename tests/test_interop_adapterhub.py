@@ -179,6 +179,19 @@ def test_bare_and_headed_models_read_each_other(tmp_path):
     assert torch.equal(again.bert(**batch(again))[0], expected)
 
 
+def test_names_of_labels_are_kept(tmp_path):
+    model = fa.adapt(make(), METHODS["pfeiffer"], name="a", head=2)
+    fa.save(model, tmp_path / "a")
+    file = tmp_path / "a" / "head_config.json"
+    config = json.loads(file.read_text())
+    assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1} and config["num_labels"] == 2
+    file.write_text(json.dumps({**config, "label2id": {"no": 0, "yes": 1}}))
+    again = fa.load(make(), tmp_path / "a")
+    assert again.num_labels == 2
+    fa.save(again, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "head_config.json").read_text())["label2id"] == {"no": 0, "yes": 1}
+
+
 def test_a_head_of_another_class_is_left_out_with_a_warning(tmp_path):
     model = fa.adapt(make(), METHODS["pfeiffer"], name="a")
     fa.save(model, tmp_path / "a")

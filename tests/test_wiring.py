@@ -301,6 +301,9 @@ def test_copies_and_pickles_are_whole(model_class, method):
         assert torch.equal(output(other), before)
         ours = {id(p) for p in model.parameters()}
         assert not any(id(p) in ours for p in other.parameters())
+        if model_class is BertForMaskedLM:
+            decoder = other.fastadapt["a"].head.predictions.decoder
+            assert decoder.weight is other.get_input_embeddings().weight
         # The copy's sublayers run the copy's own parameters.
         shake(other.fastadapt, seed=5)
         assert not torch.allclose(output(other), before, atol=1e-4)

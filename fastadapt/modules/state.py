@@ -43,6 +43,7 @@ class Adaptation(Branch):
         self.trainable = trainable
         self.num_labels = num_labels
         self.problem_type = problem_type
+        self.label2id: dict[str, int] | None = None  # the labels' names, where a file gave them
         for path, site in sites.items():
             attach(self, path, site)
         if head is not None:
