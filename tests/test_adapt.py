@@ -205,7 +205,8 @@ def test_a_head_of_another_width(model_class):
             wanted = "regression" if name == "one" else "single_label_classification"
             assert model.config.problem_type == wanted
     fa.unload(model)
-    assert model.num_labels == 3 and model.classifier is not None
+    assert model.num_labels == 3
+    fa.adapt(model.bert, METHODS["houlsby"])  # free again
 
 
 def test_an_explicit_problem_type_belongs_to_the_models_own_head():
@@ -282,6 +283,9 @@ REFUSED = {
     "restore_adapted": (lambda m: fa.restore(m), ValueError, "here.*unload"),
     "unload_merge": (lambda m: fa.unload(m, merge=True), ValueError, "merge"),
     "adapt_inner": (lambda m: fa.adapt(m.bert, METHODS["houlsby"]), ValueError, "unload"),
+    "adapt_inner_off": (lambda m: fa.adapt(fa.activate(m, None).bert, METHODS["houlsby"]), ValueError, "unload"),
+    "restore_inner": (lambda m: fa.restore(m.bert), ValueError, "BertModel belong to an adapted model"),
+    "unload_inner": (lambda m: fa.unload(m.bert), ValueError, "BertModel belong to an adapted model"),
 }
 
 
@@ -293,6 +297,8 @@ def test_refusals_name_the_argument_and_change_nothing(kind):
     before, logits = snapshot(model), output(model)
     with pytest.raises(error, match=message):
         call(model)
+    if kind.endswith("_off"):
+        fa.activate(model, "here")
     assert_same(snapshot(model), before)
     assert torch.equal(output(model), logits)
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import activations
 
 from fastadapt.modules.state import CONTAINER
-from fastadapt.modules.sublayers import FusedOutput, FusedSublayer, name_activation
+from fastadapt.modules.sublayers import FusedOutput, name_activation
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -113,8 +113,9 @@ class Wiring:
             return {}
         return {name: model._modules[name] for name in self.slots if model._modules.get(name) is not None}
 
-    def is_fused(self, base: nn.Module) -> bool:
-        return any(isinstance(module, FusedSublayer) for _, module in self.sublayers(base))
+    def is_adapted(self, base: nn.Module) -> bool:
+        """Whether some model's container rules over these sublayers."""
+        return getattr(attrgetter(self.embeddings)(base), "adapted", None) is not None
 
     def unwired(self, model: nn.Module) -> list[str]:
         """What an adaptation would need to run in but can't: outputs and parts of the head of unknown classes."""
@@ -133,4 +134,3 @@ class Wiring:
             for name, m in (() if model is base else model.named_children())
             if id(m) not in known and name != CONTAINER and any(True for _ in m.parameters())
         ]
-

@@ -191,7 +191,7 @@ class FusedEmbeddings(FusedSublayer):
     """
 
     first_layer: nn.Module | None = None
-    adapted: bool = False
+    adapted: bool | None = None  # None: no adaptation was ever put here; False: none is active
 
     def refusal(self) -> str | None:
         return None
