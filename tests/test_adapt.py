@@ -206,7 +206,7 @@ def test_a_head_of_another_width(model_class):
             assert model.config.problem_type == wanted
     fa.unload(model)
     assert model.num_labels == 3
-    fa.adapt(model.bert, METHODS["houlsby"])  # free again
+    fa.adapt(model.base_model, METHODS["houlsby"])  # free again
 
 
 def test_an_explicit_problem_type_belongs_to_the_models_own_head():
