@@ -26,6 +26,7 @@ if os.environ.get("FASTADAPT_CPU"):
 
 _MAX_ATTENTION_LENGTH = 768
 _MAX_HEAD_DIM = 256
+_MAX_FEATURES = 16384
 
 bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
 bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default
@@ -43,6 +44,8 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return f"the tensors are on {device_type}, not on the CPU"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype} (float32 and bfloat16 are served)"
+    if facts.get("features", facts.get("hidden", 0)) > _MAX_FEATURES:
+        return f"{facts.get('features', facts.get('hidden'))} features (up to {_MAX_FEATURES} are served)"
     if op.startswith("attention"):
         if facts.get("length", 0) > _MAX_ATTENTION_LENGTH:
             return f"sequence of {facts['length']} (up to {_MAX_ATTENTION_LENGTH} are served)"
