@@ -9,7 +9,7 @@ constexpr int64_t kStride = 784;  // words between rows of an A block
 // float products at that of PyTorch's own; pairs round their inputs far more coarsely than that.
 template <bool Pairs>
 constexpr int64_t kPass = Pairs ? 384 : 256;
-constexpr int64_t kAhead = 24;  // rows of B that are asked for before they are multiplied
+constexpr int64_t kAhead = 48;  // rows of B that are asked for before they are multiplied
 
 // How T is multiplied: as float words, or as pairs of bfloat16.
 template <class T>

@@ -3,9 +3,9 @@
 // A task is a chunk of rows, or where rows are few a chunk of rows and a share of the columns: x's chunk is copied
 // once into an A block, the panels of the weights pass by it, and the epilogue works on tiles that are still in L1.
 
-// Rows in a chunk: the A block stays in the second-level cache.
+// Rows in a chunk: x's chunk comes from the second or third level cache again for every panel.
 inline int64_t chunk_rows(int64_t rows, int64_t kw) {
-  constexpr int64_t words = 150 * 1024;
+  constexpr int64_t words = 260 * 1024;
   if (rows <= 128) return rows;
   return std::max<int64_t>(28, std::min<int64_t>(168, words / kw));
 }
