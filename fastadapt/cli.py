@@ -313,10 +313,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if path is None:
             continue
         folder = Path(path).absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        if Path(path).is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
-            raise UserError(f"{option}: cannot write {path!r}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option}: cannot make the folder {str(folder)!r} ({error.strerror})") from error
+        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{option}: got {path!r}; accepted is a file that can be written")
 
 
 def _check_device(device: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastadapt.bench import verify
 from fastadapt.bench.case import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Peer:
     needs: tuple[tuple[str, str], ...] = ()
     inference: str | None = None
     training: str | None = None
+
+    @property
+    def factor(self) -> float:
+        """How many times the yardstick's distance from the reference it may be off."""
+        return verify.OWN_FACTOR if self.module == "fused" else verify.PEER_FACTOR
 
     def missing(self) -> str | None:
         """What to install before it can run; None where it can."""
