@@ -5,16 +5,16 @@ Each checks everything first and changes the model after, so that one that raise
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from fastadapt import dispatch
 from fastadapt.models import wiring_of
-from fastadapt.modules.state import Adaptation, Adaptations
-
-CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
+from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,9 +100,15 @@ def install(
         )
     sites = sites_for(config, wiring, base)
     own_head, num_labels = make_head(model, wiring, head)
-    problem_type = getattr(model.config, "problem_type", None) if head is None else None
+    # A head of another width has to find its own problem type; the model does that at the first labels.
+    base_labels, base_problem_type = own_labels(model)
     adaptation = Adaptation(
-        config, sites, own_head, trainable=trainable, num_labels=num_labels, problem_type=problem_type
+        config,
+        sites,
+        own_head,
+        trainable=trainable,
+        num_labels=num_labels,
+        problem_type=base_problem_type if num_labels in (None, base_labels) else None,
     )
     if prepare is not None:
         prepare(adaptation)
@@ -111,8 +117,7 @@ def install(
     container = container_of(model)
     if container is None:
         container = Adaptations()
-        container.base_num_labels = model.__dict__.get("num_labels")
-        container.base_problem_type = getattr(model.config, "problem_type", None)
+        container.base_num_labels, container.base_problem_type = base_labels, base_problem_type
         container.train(model.training)
         model.add_module(CONTAINER, container)
     for key, parameter in base_parameters(model):
@@ -240,6 +245,72 @@ def unload(model: Model, merge: bool = False) -> Model:
     return _restored(model, wiring)
 
 
+def save(model: Model, path: str | os.PathLike[str], name: str | None = None, format: str | None = None) -> Model:
+    """Write one adaptation into a folder: in AdapterHub's format, safetensors, whole or not at all.
+
+    What that format cannot hold (Houlsby's LayerNorms) goes to ``fastadapt.json`` and ``fastadapt.safetensors`` in the
+    same folder, and a warning says that AdapterHub would compute something else.
+
+    Args:
+        path: of the folder; made where it does not exist.
+        name: of the adaptation; None is the active one.
+        format: ``"adapterhub"``, or None for the one that fits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted; nothing is written.
+    """
+    from fastadapt.interop import adapterhub
+    from fastadapt.interop.formats import FORMATS
+
+    wiring = wiring_of(model)
+    container = container_of(model)
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: got {format!r}; accepted are None and {', '.join(map(repr, FORMATS))}")
+    if name is None and (container is None or container.active is None):
+        known = ", ".join(adaptations(model)) or "none"
+        raise ValueError(f"name: got None, but no adaptation is active; known are {known}")
+    name = container.active if name is None else name
+    check_known_name(model, name)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path: got {str(path)!r}, which is a file; accepted is a folder")
+    adapterhub.save(model, wiring, container[name], folder, name)
+    return model
+
+
+def load(
+    model: Model, path: str | os.PathLike[str], name: str | None = None, trainable: bool = False
+) -> Model:
+    """Read an adaptation from a folder, of a format told by its content, and activate it; the base is frozen.
+
+    Args:
+        path: of a folder that this library's ``save`` or AdapterHub's ``save_adapter`` wrote.
+        name: for the adaptation here; None is the one in the file.
+        trainable: whether it trains while it is active.
+
+    Raises:
+        TypeError, ValueError: for files that are missing, truncated or corrupted, hold NaN, or do not fit the model
+            (hidden size, layers, architecture), and for names as in ``adapt``; the model is unchanged.
+    """
+    from fastadapt.interop.formats import open_folder
+
+    wiring = wiring_of(model)
+    if name is not None:
+        check_new_name(model, name)
+    folder = open_folder(path)
+    folder.check(model)
+    head = folder.read_head(model, wiring)
+    install(
+        model,
+        folder.config,
+        folder.name if name is None else name,
+        head,
+        trainable=trainable,
+        prepare=lambda adaptation: folder.fill(model, wiring, adaptation),
+    )
+    return model
+
+
 def refresh(model: Model) -> Model:
     """Drop every packed copy of a weight; needed after writes that PyTorch's version counter does not see."""
     if not isinstance(model, nn.Module):
@@ -249,11 +320,6 @@ def refresh(model: Model) -> Model:
 
 
 # -- shared by the verbs -----------------------------------------------------------------------------------------
-
-
-def container_of(model: nn.Module) -> Adaptations | None:
-    container = getattr(model, "_modules", {}).get(CONTAINER)
-    return container if isinstance(container, Adaptations) else None
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastadapt.models.wiring import Wiring
+from fastadapt.modules.state import own_labels
 
 
 def make_head(model: nn.Module, wiring: Wiring, head: int | nn.Module | None) -> tuple[nn.Module | None, int | None]:
@@ -23,7 +24,7 @@ def make_head(model: nn.Module, wiring: Wiring, head: int | nn.Module | None) ->
         if head is not None:
             raise ValueError(f"head: got {head!r}, but {type(model).__name__} has no head; accepted is None")
         return None, None
-    num_labels = model.__dict__.get("num_labels")
+    num_labels, _ = own_labels(model)
     if isinstance(head, nn.Module):
         if len(slots) > 1:
             raise ValueError(f"head: got a module, but the model's is made of {', '.join(slots)}; accepted is None")
@@ -32,8 +33,8 @@ def make_head(model: nn.Module, wiring: Wiring, head: int | nn.Module | None) ->
             raise ValueError("head: got a module of this very model; accepted is one with parameters of its own")
         return head, _width(head) if num_labels is not None else None
     if isinstance(head, int):
-        return _new_head(model, slots, head), head
-    parts = copy_head(model, slots)
+        return _new_head(model, wiring, slots, head), head
+    parts = copy_head(model, wiring, slots)
     return (next(iter(parts.values())) if len(parts) == 1 else nn.ModuleDict(parts)), num_labels
 
 
@@ -44,7 +45,7 @@ def parts_of(head: nn.Module | None, slots: dict[str, nn.Module]) -> dict[str, n
     return {name: head[name] for name in slots}
 
 
-def copy_head(model: nn.Module, slots: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def copy_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Copies of the model's own head, of the original classes.
 
     What is tied to the rest of the model (a language-model head's matrix is the word embeddings) stays tied, and is no
@@ -62,6 +63,7 @@ def copy_head(model: nn.Module, slots: dict[str, nn.Module]) -> dict[str, nn.Mod
     copies = {}
     for name, slot in slots.items():
         part = copy.deepcopy(slot, memo)
+        part.__class__ = wiring.original.get(type(part), type(part))
         part.__dict__.pop("active_head", None)
         for module in part.modules():
             for key, parameter in list(module._parameters.items()):
@@ -75,10 +77,10 @@ def copy_head(model: nn.Module, slots: dict[str, nn.Module]) -> dict[str, nn.Mod
     return copies
 
 
-def _new_head(model: nn.Module, slots: dict[str, nn.Module], labels: int) -> nn.Module:
+def _new_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module], labels: int) -> nn.Module:
     if labels < 1:
         raise ValueError(f"head: got {labels}; accepted is a number of labels of at least 1")
-    own = model.__dict__.get("num_labels")
+    own, _ = own_labels(model)
     slot = next(iter(slots.values()))
     last = _last_linear(slot)
     if own is None or len(slots) > 1 or "classifier" not in slots or last is None or last[1].out_features != own:
@@ -86,7 +88,7 @@ def _new_head(model: nn.Module, slots: dict[str, nn.Module], labels: int) -> nn.
             f"head: got {labels}, but the head of {type(model).__name__} has no free number of labels; "
             "accepted are None and a module"
         )
-    head = next(iter(copy_head(model, slots).values()))
+    head = next(iter(copy_head(model, wiring, slots).values()))
     name, old = last
     kind = {"device": old.weight.device, "dtype": old.weight.dtype}
     new = nn.Linear(old.in_features, labels, bias=old.bias is not None, **kind)

@@ -9,6 +9,8 @@ from torch import nn
 
 from fastadapt.modules.bottleneck import Site
 
+CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
+
 
 class Branch(nn.Module):
     """A step on the path to a site; it computes nothing."""
@@ -92,3 +94,17 @@ class Adaptations(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def container_of(model: nn.Module) -> Adaptations | None:
+    """The model's container, if it was ever adapted."""
+    container = getattr(model, "_modules", {}).get(CONTAINER)
+    return container if isinstance(container, Adaptations) else None
+
+
+def own_labels(model: nn.Module) -> tuple[int | None, str | None]:
+    """(number of labels, problem type) of the model's own head, whichever adaptation is active."""
+    container = container_of(model)
+    if container is not None and container.active is not None:
+        return container.base_num_labels, container.base_problem_type
+    return model.__dict__.get("num_labels"), getattr(model.config, "problem_type", None)

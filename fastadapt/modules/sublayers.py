@@ -49,10 +49,18 @@ def _dropout(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
 
+Op = tuple[str, dict[str, Any]]  # a name of fastadapt.ops, and the facts by which a backend for it is picked
+
+
 class FusedSublayer:
-    """What all fused sublayers share. ``refusal`` says why the original forward runs instead, or None."""
+    """What all fused sublayers share."""
 
     def refusal(self) -> str | None:
+        """Why the original forward runs (or, with an adapter, the original product); None where the fused one does."""
+        raise NotImplementedError
+
+    def ops(self, length: int) -> list[Op]:
+        """What runs on sequences of ``length``; ``("torch", {"function": ...})`` for what has no op."""
         raise NotImplementedError
 
 
@@ -82,6 +90,14 @@ class FusedSelfAttention(FusedSublayer):
             if config.output_attentions:
                 return "attention probabilities are asked for"
         return None
+
+    def ops(self, length: int) -> list[Op]:
+        if self.refusal() is not None:
+            return []
+        product: Op = ("linear", {"features": self.query.in_features})
+        if self.query.weight.device.type != "cpu":
+            return [product, ("torch", {"function": "scaled_dot_product_attention"})]
+        return [product, ("attention", {"head_dim": self.attention_head_size, "length": length})]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         # Head masks, caches, encoder states, requested probabilities: whatever is set and not known to be passive.
@@ -114,6 +130,9 @@ class FusedIntermediate(FusedSublayer):
             return f"no op has the activation {self.intermediate_act_fn!r}"
         return None
 
+    def ops(self, length: int) -> list[Op]:
+        return [] if self.refusal() is not None else [("linear", {"features": self.dense.in_features})]
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.refusal() is not None:
             return super().forward(hidden_states)
@@ -128,6 +147,15 @@ class FusedOutput(FusedSublayer):
 
     def refusal(self) -> str | None:
         return self._dense_refusal() or replaced(self.LayerNorm, nn.LayerNorm)
+
+    def ops(self, length: int) -> list[Op]:
+        site, hidden = self.active_site, self.dense.out_features
+        if site is None and self.refusal() is not None:
+            return []
+        product: list[Op] = [] if self._dense_refusal() else [("linear", {"features": self.dense.in_features})]
+        if site is None or site.down is None:
+            return [*product, ("add_norm", {"hidden": hidden})]
+        return [*product, ("bottleneck", {"hidden": hidden, "bottleneck": site.down.out_features})]
 
     def _dense_refusal(self) -> str | None:
         return replaced(self.dense, nn.Linear) or replaced(self.dropout, nn.Dropout) or _trains(self.dense)
@@ -159,6 +187,9 @@ class FusedEmbeddings(FusedSublayer):
     def refusal(self) -> str | None:
         return None
 
+    def ops(self, length: int) -> list[Op]:
+        return [("torch", {"function": "embedding"})]
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         out = super().forward(*args, **kwargs)
         checkpointed = self.adapted and self.training and getattr(self.first_layer, "gradient_checkpointing", False)
@@ -174,6 +205,9 @@ class FusedNorm(FusedSublayer, nn.LayerNorm):
 
     def refusal(self) -> str | None:
         return None
+
+    def ops(self, length: int) -> list[Op]:
+        return [("torch", {"function": "layer_norm"})]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         norm = self if self.active_site is None else self.active_site.LayerNorm

@@ -85,8 +85,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, _ = qkv.shape
-    q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    batch, length, width = qkv.shape
+    q, k, v = qkv.view(batch, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
@@ -107,7 +107,7 @@ def attention_forward(qkv, mask, heads, scale, dropout_p, seed, save):
     # A row with every key masked attends to nothing and gives zeros, as PyTorch's own attention does.
     p = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
     p = dropout(p, dropout_p, seed).to(qkv.dtype)
-    out = (p @ v).transpose(1, 2).reshape(*qkv.shape[:2], -1)
+    out = (p @ v).transpose(1, 2).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
     return out, lse if save else lse.new_empty(0)
 
 
@@ -115,7 +115,7 @@ def attention_backward(dout, qkv, mask, lse, heads, scale, dropout_p, seed):
     """The oracle of every backend's backward."""
     wide = lse.dtype
     q, k, v = _split(qkv, heads)
-    do = dout.view(*qkv.shape[:2], heads, -1).transpose(1, 2)
+    do = dout.view(*qkv.shape[:2], heads, q.shape[-1]).transpose(1, 2)
     p = torch.exp(_scores(q, k, mask, scale) - lse.unsqueeze(-1)).nan_to_num(0.0)
     dv = dropout(p, dropout_p, seed).to(qkv.dtype).transpose(-1, -2) @ do
     dp = dropout((do @ v.transpose(-1, -2)).to(wide), dropout_p, seed)

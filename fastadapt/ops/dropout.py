@@ -30,10 +30,13 @@ def _mulhilo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_words(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words (as int64) of each 64-bit ``counter``, keyed by the 0-d int64 ``seed``."""
+def philox_words(counter: Tensor, seed: Tensor, upper: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words (as int64) of each 64-bit ``counter``, keyed by the 0-d int64 ``seed``.
+
+    ``upper`` is the upper half of Philox's 128-bit counter; the mask leaves it 0.
+    """
     c0, c1 = counter & _MASK32, (counter >> 32) & _MASK32
-    c2 = c3 = torch.zeros_like(counter)
+    c2, c3 = torch.full_like(counter, upper & _MASK32), torch.full_like(counter, (upper >> 32) & _MASK32)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         hi0, lo0 = _mulhilo(c0, _M0)

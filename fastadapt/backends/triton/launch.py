@@ -1,0 +1,203 @@
+"""Launch choices: frozen dataclasses, and one named heuristic a kernel. Nothing here is measured at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a heuristic may depend on. Only the name's family is used, so one architecture gives one result."""
+
+    name: str
+    shared_bytes: int  # that one program may take
+    processors: int
+
+
+SM_80 = Architecture("sm_80", 163 * 1024, 108)
+SM_86 = Architecture("sm_86", 99 * 1024, 84)
+SM_90 = Architecture("sm_90", 227 * 1024, 132)
+# Few, wide programs: the interpreter pays for every operation, not for its size.
+INTERPRETER = Architecture("interpreter", 1 << 30, 2)
+
+
+@lru_cache
+def _of_index(index: int | None) -> Architecture:
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) == (8, 0):
+        return SM_80
+    return SM_86 if major == 8 else SM_90 if major in (9, 10) else SM_86
+
+
+def architecture(x: Tensor) -> Architecture:
+    """The architecture on which kernels over x run."""
+    return _of_index(x.device.index) if x.is_cuda else INTERPRETER
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s precision: torch's own TF32 switch for float32; without meaning for narrower types."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make that the first argument's."""
+
+    @wraps(function)
+    def launched(first: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return function(first, *arguments)
+
+    return launched
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The width of the tile that holds n; ``tl.dot`` needs 16 on every side."""
+    return max(least, triton.next_power_of_2(n))
+
+
+def _deepest(arch: Architecture, fixed: int, a_stage: int, most: int) -> int:
+    """As many pipeline stages as shared memory holds."""
+    return max([n for n in range(1, most + 1) if fixed + n * a_stage <= arch.shared_bytes], default=1)
+
+
+# -- bottleneck --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A program holds ``rows`` rows and walks over H in steps of ``cols`` (a multiple of the dropout's 64)."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+
+def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int, *, backward: bool) -> RowTile:
+    """Tile of the forward kernel and of the backward kernel that walk over H with the bottleneck held."""
+    width = power_of_two(bottleneck)
+    if arch is INTERPRETER:
+        return RowTile(rows=16 if backward else 64, cols=256, warps=1, stages=1)
+    if bytes_ == 4:  # no tensor cores in IEEE float32: operands live in registers
+        return RowTile(rows=16, cols=64, warps=8 if width >= 128 else 4, stages=1)
+    # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more.
+    tile = 64 if rows >= 64 * arch.processors and width <= 256 else 16 if width <= 64 else 32
+    warps = 8 if width >= 256 or (tile == 64 and width >= 128) else 4
+    cols = 64
+    a_stage = (width + tile) * cols * bytes_
+    stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward else 3)
+    return RowTile(tile, cols, warps, stages)
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """A program sums ``cols`` columns of H by ``bottleneck`` neurons over its split of the rows, ``rows`` a step."""
+
+    rows: int
+    cols: int
+    bottleneck: int
+    warps: int
+    stages: int
+    splits: int
+    rows_a_split: int
+
+
+def bottleneck_weights(arch: Architecture, rows: int, hidden: int, bottleneck: int, bytes_: int) -> WeightTile:
+    """Tile of the kernel of the weight gradients; splits fill the processors twice, and no more."""
+    width = power_of_two(bottleneck)
+    if arch is INTERPRETER:
+        step, cols, block, warps, stages = 16, 256, width, 1, 1
+    elif bytes_ == 4:
+        step, cols, block, warps, stages = 16, 64, min(width, 32), 4, 1
+    else:
+        step, cols, block, warps, stages = 32, 64, min(width, 64), 4, 2
+    tiles = triton.cdiv(hidden, cols) * triton.cdiv(width, block)
+    splits = max(1, min(triton.cdiv(2 * arch.processors, tiles), triton.cdiv(rows, step)))
+    rows_a_split = triton.cdiv(triton.cdiv(rows, splits), step) * step
+    splits = triton.cdiv(rows, rows_a_split)
+    return WeightTile(step, cols, block, warps, stages, splits, rows_a_split)
+
+
+# -- rows and columns --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormTile:
+    """A program holds whole rows, ``cols`` wide; in backward it walks over ``rows_a_split`` of them."""
+
+    rows: int
+    cols: int
+    warps: int
+    splits: int
+    rows_a_split: int
+
+
+def norm_rows(arch: Architecture, rows: int, hidden: int, *, backward: bool) -> NormTile:
+    """Thirty-two elements a thread; backward's partial sums are one row a split."""
+    cols = power_of_two(hidden, least=64)
+    if arch is INTERPRETER:
+        tile, warps = 16 if backward else 64, 1
+    else:
+        tile = max(1, 4096 // cols // (2 if backward else 1))
+        warps = 4 if cols <= 4096 else 8
+    if not backward:
+        return NormTile(tile, cols, warps, triton.cdiv(rows, tile), tile)
+    splits = max(1, min(4 * arch.processors, triton.cdiv(rows, tile)))
+    rows_a_split = triton.cdiv(triton.cdiv(rows, splits), tile) * tile
+    return NormTile(tile, cols, warps, triton.cdiv(rows, rows_a_split), rows_a_split)
+
+
+@dataclass(frozen=True)
+class ColumnTile:
+    """A program walks over its split of the rows of ``cols`` columns."""
+
+    rows: int
+    cols: int
+    warps: int
+    splits: int
+    rows_a_split: int
+
+
+def gradient_columns(arch: Architecture, rows: int, features: int) -> ColumnTile:
+    """Tile of the elementwise gradient of a linear's epilogue, which also sums columns."""
+    step, cols, warps = (16, 256, 1) if arch is INTERPRETER else (32, 64, 4)
+    tiles = triton.cdiv(features, cols)
+    splits = max(1, min(triton.cdiv(8 * arch.processors, tiles), triton.cdiv(rows, step)))
+    rows_a_split = triton.cdiv(triton.cdiv(rows, splits), step) * step
+    return ColumnTile(step, cols, warps, triton.cdiv(rows, rows_a_split), rows_a_split)
+
+
+# -- linear ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MatrixTile:
+    """An output tile of a matrix product, ``depth`` of the inner dimension a step, ``group`` row tiles together."""
+
+    rows: int
+    cols: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+def linear_product(arch: Architecture, rows: int, features: int, bytes_: int) -> MatrixTile:
+    """Large tiles where they fill the processors, smaller ones below."""
+    if arch is INTERPRETER:
+        return MatrixTile(64, 256, 256, 1, 1, 1)
+    if bytes_ == 4:
+        return MatrixTile(64, 64, 16, 8, 8, 1)
+    large = triton.cdiv(rows, 128) * triton.cdiv(features, 128) >= arch.processors
+    tile, depth = (128, 64) if large else (64, 64)
+    stages = _deepest(arch, 0, (tile + tile) * depth * bytes_, 4 if large else 3)
+    return MatrixTile(tile, tile, depth, 8, 8 if large else 4, stages)

@@ -1,0 +1,492 @@
+"""Every op, forward and backward, in every backend that runs here, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastadapt as fa
+from fastadapt import dispatch
+from fastadapt.ops import ACTIVATIONS, schemas
+from tests import ops_cases as cases
+from tests.ops_cases import case_id, laid_out, normal, stored
+
+RUNNERS = cases.runners()
+KERNELS = [r for r in RUNNERS if r.backend != "reference"]
+every_runner = pytest.mark.parametrize("runner", RUNNERS, ids=str)
+every_kernel = pytest.mark.parametrize("runner", KERNELS, ids=str)
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def _need(runner, op, dtype, **facts):
+    reason = runner.refusal(op, dtype, **facts)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def _parameter_dtype(case):
+    return torch.float32 if case["parameters"] == "float32" else case["dtype"]
+
+
+# -- accuracy over the trap cases --------------------------------------------------------------------------------
+
+
+@every_kernel
+@pytest.mark.parametrize("case", cases.BOTTLENECK_CASES, ids=case_id)
+def test_bottleneck(runner, case):
+    rows, hidden, b = case["rows"], case["hidden"], case["bottleneck"]
+    _need(runner, "bottleneck_forward", case["dtype"], hidden=hidden, bottleneck=b)
+
+    def build(generator):
+        inputs = {
+            "x": stored(rows, hidden, case["layout"], generator),
+            "residual": stored(rows, hidden, case["layout"], generator) if case["residual"] else None,
+            "w_down": normal(b, hidden, std=hidden**-0.5, generator=generator),
+            "b_down": normal(b, std=0.1, generator=generator) if case["biases"] else None,
+            "w_up": normal(hidden, b, std=b**-0.5, generator=generator),
+            "b_up": normal(hidden, std=0.1, generator=generator) if case["biases"] else None,
+            "norm_weight": normal(hidden, std=0.2, mean=1.0, generator=generator) if case["norm"] else None,
+            "norm_bias": normal(hidden, std=0.2, generator=generator) if case["norm"] else None,
+        }
+        if case["scale"] in ("[1]", "[H]"):
+            width = hidden if case["scale"] == "[H]" else 1
+            inputs["scale"] = normal(width, std=0.2, mean=1.0, generator=generator)
+        return inputs
+
+    def call(x, residual, scale=4.0 if case["scale"] == "float" else 1.0, **parameters):
+        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+        options = {"activation": case["activation"], "skip": case["skip"], "dropout_p": case["p"], "seed": 11}
+        # At p = 1 a LayerNorm without skip or residual would see constant rows, whose gradient is ill-conditioned.
+        eps = 1e-12 if case["p"] < 1.0 or case["skip"] or residual is not None else 1e-2
+        return fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
+
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+
+
+@every_kernel
+@pytest.mark.parametrize("case", cases.ADD_NORM_CASES, ids=case_id)
+def test_add_norm(runner, case):
+    rows, hidden = case["rows"], case["hidden"]
+    _need(runner, "add_norm_forward", case["dtype"], hidden=hidden)
+    gamma_mean, gamma_std = (1.0, 0.2) if case["gamma"] == "usual" else (0.0, 1e-4)
+
+    def build(generator):
+        return {
+            "x": stored(rows, hidden, case["layout"], generator),
+            "residual": stored(rows, hidden, case["layout"], generator) if case["residual"] else None,
+            "norm_weight": normal(hidden, std=gamma_std, mean=gamma_mean, generator=generator),
+            "norm_bias": normal(hidden, std=0.2, generator=generator),
+        }
+
+    def call(x, residual, **parameters):
+        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+        eps = 1e-12 if case["p"] < 1.0 or residual is not None else 1e-2
+        options = {"dropout_p": case["p"], "seed": 5, "eps": eps, "return_sum": case["return_sum"]}
+        return fa.ops.add_norm(x, residual, **parameters, **options)
+
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+
+
+@every_kernel
+@pytest.mark.parametrize("case", cases.LINEAR_CASES, ids=case_id)
+def test_linear(runner, case):
+    rows, features = case["rows"], case["features"]
+    _need(runner, "linear_forward", case["dtype"], features=features)
+    outputs = case["outputs"]
+    biased = [case["biases"] == "all" or (case["biases"] == "some" and i % 2 == 0) for i in range(len(outputs))]
+    weight_generator = torch.Generator().manual_seed(77)
+    weights = [normal(n, features, std=features**-0.5, generator=weight_generator) for n in outputs]
+
+    def build(generator):
+        biases = {f"b{i}": normal(n, generator=generator) for i, n in enumerate(outputs) if biased[i]}
+        return {"x": stored(rows, features, case["layout"], generator)} | biases
+
+    def call(x, **biases):
+        # Frozen weights: rounded as the parameters are, and float64 for the oracle.
+        dtype = next((b.dtype for b in biases.values()), x.dtype)
+        frozen = [w.to(_parameter_dtype(case)).to(dtype).to(x.device) for w in weights]
+        x = laid_out(x, rows, case["layout"])
+        listed = [biases.get(f"b{i}") for i in range(len(outputs))]
+        return fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
+
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+
+
+@every_kernel
+@pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=case_id)
+def test_attention(runner, case):
+    batch, length, heads, width = case["batch"], case["length"], case["heads"], case["heads"] * case["head_dim"]
+    _need(runner, "attention_forward", case["dtype"], head_dim=case["head_dim"], length=length)
+    mask = None
+    if case["mask"] == "padding":  # the last third of the keys, in every row but the first
+        mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+        mask[1:, ..., length - length // 3 :] = False
+    elif case["mask"] == "additive":
+        mask = torch.zeros(1, 1, length, length).masked_fill(torch.ones(length, length).triu(1) > 0, -1e4)
+    elif case["mask"] == "full":  # one query may look at nothing: zeros, not NaN
+        mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
+        mask[..., -1, :] = False
+
+    def build(generator):
+        return {"qkv": normal(batch, length, 3 * width, generator=generator)}
+
+    def call(qkv):
+        return fa.ops.attention(
+            qkv, heads, mask=None if mask is None else mask.to(qkv.device), dropout_p=case["p"], seed=9
+        )
+
+    cases.check(runner, call, build, case["dtype"], case["dtype"], activations=("qkv",))
+
+
+# -- the reference's own derivatives -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("skip", "norm", "scale"), [(True, True, "float"), (False, False, "[1]"), (True, True, "[H]")])
+def test_reference_bottleneck_gradients_are_numerically_right(activation, skip, norm, scale):
+    generator = torch.Generator().manual_seed(1)
+    leaves = [normal(*shape, generator=generator).requires_grad_() for shape in
+              ((3, 6), (3, 6), (4, 6), (4,), (6, 4), (6,), (6,), (6,), (6,) if scale == "[H]" else (1,))]  # fmt: skip
+
+    def f(x, residual, w_down, b_down, w_up, b_up, norm_weight, norm_bias, factor):
+        return fa.ops.bottleneck(
+            x, w_down, b_down, w_up, b_up, activation=activation, skip=skip, residual=residual, dropout_p=0.3, seed=2,
+            scale=2.5 if scale == "float" else factor, norm_weight=norm_weight if norm else None,
+            norm_bias=norm_bias if norm else None, eps=1e-5,
+        )  # fmt: skip
+
+    with fa.backend("reference"):
+        used = leaves if norm and scale != "float" else [*leaves[:6], *(x.detach() for x in leaves[6:])]
+        assert torch.autograd.gradcheck(f, used)
+
+
+def test_reference_add_norm_gradients_are_numerically_right():
+    generator = torch.Generator().manual_seed(1)
+    leaves = [normal(*shape, generator=generator).requires_grad_() for shape in ((3, 6), (3, 6), (6,), (6,))]
+
+    def f(x, residual, weight, bias):
+        return fa.ops.add_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.3, seed=2, return_sum=True)
+
+    with fa.backend("reference"):
+        assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_linear_gradients_are_numerically_right(activation):
+    generator = torch.Generator().manual_seed(1)
+    x, bias = normal(3, 5, generator=generator).requires_grad_(), normal(4, generator=generator).requires_grad_()
+    weights = [normal(4, 5, generator=generator), normal(2, 5, generator=generator)]
+
+    def f(x, bias):
+        return fa.ops.linear(x, weights, [bias, None], activation=activation, dropout_p=0.3, seed=2)
+
+    with fa.backend("reference"):
+        assert torch.autograd.gradcheck(f, [x, bias])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_reference_attention_gradients_are_numerically_right(p):
+    generator = torch.Generator().manual_seed(1)
+    qkv = normal(2, 4, 18, generator=generator).requires_grad_()
+    mask = torch.tensor([True, True, True, False])
+
+    def f(qkv):
+        return fa.ops.attention(qkv, 2, mask=mask, dropout_p=p, seed=2)
+
+    with fa.backend("reference"):
+        assert torch.autograd.gradcheck(f, [qkv])
+
+
+# -- the kernel contract -----------------------------------------------------------------------------------------
+
+
+def _kernel_inputs(device, dtype=torch.float32, rows=17, hidden=48, b=7):
+    generator = torch.Generator().manual_seed(4)
+    make = {
+        "x": (rows, hidden), "dy": (rows, hidden), "s": (rows, hidden), "z": (rows, b), "w_down": (b, hidden),
+        "b_down": (b,), "w_up": (hidden, b), "b_up": (hidden,), "gamma": (hidden,), "beta": (hidden,),
+    }  # fmt: skip
+    tensors = {n: normal(*shape, generator=generator).to(device, dtype) for n, shape in make.items()}
+    return tensors | {"seed": torch.tensor(5, device=device)}
+
+
+def _calls(t, flags):
+    """(op, facts, arguments, which flags must leave the matching outputs empty) of every backward op."""
+    first, second, third, fourth = flags
+    w = [t["w_up"][:, : t["w_down"].shape[0]].t().contiguous()]  # [b, H]: any frozen weight
+    hidden, b = t["x"].shape[1], t["w_down"].shape[0]
+    return [
+        ("bottleneck_backward", {"hidden": hidden, "bottleneck": b},
+         (t["dy"], t["x"], t["z"], t["s"], t["w_down"], t["w_up"], "gelu", 2.0, t["beta"], True, t["gamma"], 1e-5,
+          0.1, t["seed"], first, second, third, fourth)),
+        ("add_norm_backward", {"hidden": hidden},
+         (t["dy"], t["x"], t["s"], t["gamma"], 1e-5, 0.1, t["seed"], first, second, third)),
+        ("linear_backward", {"features": hidden},
+         (t["z"], t["z"].clone(), w, "gelu", 0.1, t["seed"], first, second)),
+    ]  # fmt: skip
+
+
+@every_runner
+@pytest.mark.parametrize(
+    "flags", list(itertools.product([False, True], repeat=4)), ids=lambda f: "".join("ny"[v] for v in f)
+)
+def test_outputs_have_the_promised_shape_and_are_empty_where_not_needed(runner, flags):
+    t = _kernel_inputs(runner.device)
+    with runner.running():
+        for op, facts, arguments in _calls(t, flags):
+            if runner.refusal(op, torch.float32, **facts) is not None:
+                continue
+            found = dispatch.pick(op, runner.device, torch.float32, **facts)(*arguments)
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else [w.to("meta") for w in a] if isinstance(a, list)
+                    else a for a in arguments]  # fmt: skip
+            promised = getattr(torch.ops.fastadapt, op)(*meta)
+            for got, want in zip(found, promised, strict=True):
+                assert (got.shape, got.dtype) == (want.shape, want.dtype), op
+                assert torch.isfinite(got).all(), op
+            full = dispatch.load("reference")
+            for got, want in zip(found, getattr(full, op)(*arguments), strict=True):
+                assert got.numel() == want.numel(), op
+
+
+@every_runner
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_forward_saves_only_what_is_asked_for(runner, save, norm):
+    t = _kernel_inputs(runner.device)
+    gamma, beta = (t["gamma"], t["beta"]) if norm else (None, None)
+    calls = [
+        ("bottleneck_forward", {"hidden": 48, "bottleneck": 7},
+         (t["x"], t["w_down"], t["b_down"], t["w_up"], t["b_up"], "gelu", 1.0, None, True, t["s"], gamma, beta, 1e-5,
+          0.1, t["seed"], save)),
+        ("add_norm_forward", {"hidden": 48}, (t["x"], t["s"], t["gamma"], t["beta"], 1e-5, 0.1, t["seed"], save)),
+        ("linear_forward", {"features": 48}, (t["x"], [t["w_down"]], [t["b_down"]], "gelu", 0.1, t["seed"], save)),
+    ]  # fmt: skip
+    with runner.running():
+        for op, facts, arguments in calls:
+            if runner.refusal(op, torch.float32, **facts) is not None:
+                continue
+            found = dispatch.pick(op, runner.device, torch.float32, **facts)(*arguments)
+            wanted = getattr(dispatch.load("reference"), op)(*arguments)
+            for got, want in zip(found, wanted, strict=True):
+                assert got.shape == want.shape and got.dtype == want.dtype, op
+                torch.testing.assert_close(got, want)
+                pointers = {a.data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
+                assert got.numel() == 0 or got.data_ptr() not in pointers, f"{op} gives back its input's memory"
+
+
+@every_kernel
+def test_x_is_not_read_where_w_down_is_frozen(runner):
+    _need(runner, "bottleneck_backward", torch.float32, hidden=48, bottleneck=7)
+    t = _kernel_inputs(runner.device)
+    arguments = _calls(t, (True, True, True, True))[0][2]
+    without = (arguments[0], t["x"].new_empty((0, 48)), *arguments[2:])
+    with runner.running():
+        kernel = dispatch.pick("bottleneck_backward", runner.device, torch.float32, hidden=48, bottleneck=7)
+        full, found = kernel(*arguments), kernel(*without)
+    assert found[2].shape == full[2].shape
+    for i in (0, 1, 3, 4, 5, 6, 7):
+        assert torch.equal(found[i], full[i])
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_repeat_bit_for_bit(runner, dtype):
+    t = _kernel_inputs(runner.device, dtype, rows=130, hidden=100, b=24)
+    with runner.running():
+        for op, facts, arguments in _calls(t, (True, True, True, True)):
+            if runner.refusal(op, dtype, **facts) is None:
+                kernel = dispatch.pick(op, runner.device, dtype, **facts)
+                for first, second in zip(kernel(*arguments), kernel(*arguments), strict=True):
+                    assert torch.equal(first, second), op
+
+
+# -- hygiene -----------------------------------------------------------------------------------------------------
+
+
+def test_poison_reaches_fresh_memory():
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
+
+
+def _surrounded(x):
+    """x as the middle of a larger buffer of NaN, so that a read past either end shows."""
+    margin = 4096
+    buffer = x.new_full((x.numel() + 2 * margin,), float("nan"))
+    view = buffer[margin : margin + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+@every_kernel
+@pytest.mark.parametrize(("hidden", "b", "rows"), [(48, 7, 17), (100, 48, 3), (384, 100, 33)])
+def test_nothing_outside_the_operands_is_read(runner, hidden, b, rows):
+    """0 · NaN is NaN: padding has to be selected away, not multiplied away."""
+    t = _kernel_inputs(runner.device, rows=rows, hidden=hidden, b=b)
+    walled = {n: _surrounded(x) if x.dim() else x for n, x in t.items()}
+    with runner.running():
+        for (op, facts, usual), (_, _, inside) in zip(_calls(t, (True,) * 4), _calls(walled, (True,) * 4), strict=True):
+            if runner.refusal(op, torch.float32, **facts) is None:
+                kernel = dispatch.pick(op, runner.device, torch.float32, **facts)
+                for a, b_ in zip(kernel(*usual), kernel(*inside), strict=True):
+                    assert torch.equal(a, b_), op
+
+        def forwards(t):
+            norm = {"norm_weight": t["gamma"], "norm_bias": t["beta"]}
+            weights = (t["w_down"], t["b_down"], t["w_up"], t["b_up"])
+            yield fa.ops.bottleneck(t["x"], *weights, residual=t["s"], **norm)
+            if runner.refusal("add_norm_forward", torch.float32, hidden=hidden) is None:
+                yield fa.ops.add_norm(t["x"], t["s"], **norm)
+            if runner.refusal("linear_forward", torch.float32, features=hidden) is None:
+                yield fa.ops.linear(t["x"], t["w_down"], t["b_down"], activation="gelu")
+
+        for a, b_ in zip(forwards(t), forwards(walled), strict=True):
+            assert torch.equal(a, b_)
+
+
+@every_kernel
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_stays_a_bad_row(runner, bad):
+    t = _kernel_inputs(runner.device, rows=17, hidden=48, b=7)
+    _need(runner, "bottleneck_forward", torch.float32, hidden=48, bottleneck=7)
+    norm = {"norm_weight": t["gamma"], "norm_bias": t["beta"]}
+    weights = (t["w_down"], t["b_down"], t["w_up"], t["b_up"])
+    good = torch.arange(17) != 5
+
+    def run(x):
+        x = x.clone().requires_grad_()
+        y = fa.ops.bottleneck(x, *weights, residual=t["s"], **norm)
+        return y.detach(), torch.autograd.grad(y, x, t["dy"])[0]
+
+    spoiled = t["x"].clone()
+    spoiled[5, 40] = bad
+    with runner.running():
+        for clean, found in zip(run(t["x"]), run(spoiled), strict=True):
+            assert torch.equal(clean[good], found[good])
+            assert found[5].isnan().any()
+
+
+@every_kernel
+def test_a_dropped_infinity_leaves_no_nan(runner):
+    _need(runner, "add_norm_forward", torch.float32, hidden=100)
+    seed = torch.tensor(5, device=runner.device)
+    kept = fa.ops.dropout.keep_mask(17, 100, 0.3, seed)
+    t = _kernel_inputs(runner.device, hidden=100)
+    x = t["x"].masked_fill(~kept, float("inf"))
+    with runner.running():
+        y, s = fa.ops.add_norm(x, t["s"], t["gamma"], t["beta"], dropout_p=0.3, seed=5, return_sum=True)
+    with fa.backend("reference"):
+        want = fa.ops.add_norm(x, t["s"], t["gamma"], t["beta"], dropout_p=0.3, seed=5)
+    assert torch.isfinite(y).all() and torch.isfinite(s).all()
+    torch.testing.assert_close(y, want)
+
+
+@every_kernel
+def test_a_large_mean_does_not_swallow_the_variance(runner):
+    """The textbook E[s²] - E[s]² loses every digit here; two passes or a shift lose none."""
+    _need(runner, "add_norm_forward", torch.float32, hidden=768)
+    generator = torch.Generator().manual_seed(0)
+    parameters = {"norm_weight": torch.ones(768), "norm_bias": torch.zeros(768)}
+
+    def build(_):
+        return {"x": normal(5, 768, mean=3000.0, generator=generator)}
+
+    def call(x):
+        moved = {n: p.to(x.device, x.dtype) for n, p in parameters.items()}
+        y = fa.ops.add_norm(x, None, **moved)
+        zero = x.new_zeros
+        return y, fa.ops.bottleneck(x, zero(8, 768), None, zero(768, 8), None, **moved)
+
+    cases.check(runner, call, build, torch.float32, torch.float32)
+
+
+# -- autograd, autocast, checkpointing ---------------------------------------------------------------------------
+
+
+def _leaves(device, dtype=torch.float32, rows=17, hidden=100, b=12):
+    t = _kernel_inputs(device, dtype, rows, hidden, b)
+    return {n: x.requires_grad_() for n, x in t.items() if n != "seed"}
+
+
+def _three_ops(t, p=0.0, seed=None):
+    x = fa.ops.bottleneck(
+        t["x"], t["w_down"], t["b_down"], t["w_up"], t["b_up"], residual=t["s"], norm_weight=t["gamma"],
+        norm_bias=t["beta"], dropout_p=p, seed=seed, eps=1e-5,
+    )  # fmt: skip
+    x = fa.ops.add_norm(x, t["dy"], t["gamma"], t["beta"], dropout_p=p, seed=seed, eps=1e-5)
+    return fa.ops.linear(x, t["w_up"].detach().t(), t["b_down"], activation="gelu", dropout_p=p, seed=seed)
+
+
+@every_runner
+def test_autocast_gives_its_dtype_and_keeps_the_parameters_gradients_wide(runner):
+    _need(runner, "bottleneck_backward", torch.bfloat16, hidden=100, bottleneck=12)
+    t = _leaves(runner.device)
+    with runner.running(), torch.autocast(runner.device, torch.bfloat16):
+        y = _three_ops(t)
+    assert y.dtype == torch.bfloat16
+    with runner.running():
+        y.sum().backward()
+    for name in ("x", "s", "w_down", "b_down", "w_up", "b_up", "gamma", "beta"):
+        assert t[name].grad.dtype == torch.float32, name
+        assert torch.isfinite(t[name].grad).all(), name
+    for name in ("w_down", "w_up", "gamma"):  # not rounded to bf16 on the way
+        grad = t[name].grad
+        assert not torch.equal(grad, grad.bfloat16().float()) or runner.backend == "reference", name
+
+
+@every_runner
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_dropout(runner, reentrant):
+    _need(runner, "bottleneck_backward", torch.float32, hidden=100, bottleneck=12)
+    found = []
+    for checkpointed in (False, True):
+        t = _leaves(runner.device)
+        torch.manual_seed(3)
+        with runner.running():
+
+            def f(x, t=t):
+                return _three_ops(t | {"x": x}, p=0.5)
+
+            y = checkpoint(f, t["x"], use_reentrant=reentrant) if checkpointed else f(t["x"])
+            y.sum().backward()
+        found.append((y.detach(), t["x"].grad, t["w_down"].grad))
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+@every_runner
+@pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear", "attention"])
+def test_double_backward_raises_clearly(runner, op):
+    facts = {"bottleneck": {"hidden": 100, "bottleneck": 12}, "add_norm": {"hidden": 100}, "linear": {"features": 100},
+             "attention": {"head_dim": 24, "length": 17}}[op]  # fmt: skip
+    _need(runner, f"{op}_backward", torch.float32, **facts)
+    t = _leaves(runner.device)
+    with runner.running():
+        y = {
+            "bottleneck": lambda: fa.ops.bottleneck(t["x"], t["w_down"], t["b_down"], t["w_up"], t["b_up"]),
+            "add_norm": lambda: fa.ops.add_norm(t["x"], t["s"], t["gamma"], t["beta"]),
+            "linear": lambda: fa.ops.linear(t["x"], t["w_up"].detach().t(), t["b_down"], activation="gelu"),
+            "attention": lambda: fa.ops.attention(t["x"][None, :, :72], 1),
+        }[op]()
+        (grad,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|trying to differentiate twice"):
+            grad.sum().backward()
+
+
+@every_runner
+def test_frozen_parameters_get_no_gradient(runner):
+    _need(runner, "bottleneck_backward", torch.float32, hidden=100, bottleneck=12)
+    t = _leaves(runner.device)
+    frozen = {n: x.detach() for n, x in t.items()} | {"b_up": t["b_up"]}
+    with runner.running():
+        _three_ops(frozen).sum().backward()
+    assert t["b_up"].grad is not None
+    assert all(x.grad is None for n, x in t.items() if n != "b_up")
+
+
+def test_the_fake_kernels_cover_every_op():
+    ops = {"bottleneck", "add_norm", "linear", "attention"}
+    assert schemas.library is not None
+    for op in ops:
+        for direction in ("forward", "backward"):
+            assert hasattr(torch.ops.fastadapt, f"{op}_{direction}")
