@@ -22,10 +22,21 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 REPORT = "build_report.json"
 
-CPU_SOURCES: list[str] = []
+CPU_SOURCES: list[str] = [
+    "csrc/binding.cpp",
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/pack_cache.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/isa_portable.cpp",
+    "csrc/cpu/isa_avx2.cpp",
+    "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_avx512_bf16.cpp",
+    "csrc/cpu/isa_amx.cpp",
+    "csrc/cpu/isa_amx_emulated.cpp",
+]
 CUDA_SOURCES: list[str] = []
 
-CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-g0"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--use_fast_math", "-lineinfo"]
 
 # What the errors below tell the reader to do about it.

@@ -35,6 +35,8 @@ def backend_states() -> dict[str, str]:
     for name in dispatch.BACKENDS:
         loaded = dispatch.load(name)
         states[name] = "loads" if isinstance(loaded, ModuleType) else str(loaded)
+        if name == "cpu" and isinstance(loaded, ModuleType):
+            states[name] += f"; instruction sets here: {', '.join(loaded.capabilities())}"
     return states
 
 
