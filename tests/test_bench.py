@@ -170,6 +170,8 @@ def test_a_training_step_changes_weights_and_only_what_trains():
 
 def test_choosing_peers(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for package in ("adapters", "openvino"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
     peers, notes = chosen("inference", None, ("adapterhub", "compile"))
     assert [peer.name for peer in peers] == ["compile"]
     assert notes == ["left out: adapterhub needs adapters==1.3.0: pip install adapters==1.3.0"]
@@ -177,6 +179,13 @@ def test_choosing_peers(monkeypatch):
         chosen("inference", ["openvino"], ())
     with pytest.raises(UserError, match="accepted are full, fastadapt, adapterhub"):
         chosen("training", ["compile"], ())
+
+
+@needs_adapterhub
+def test_a_package_that_is_imported_already_is_installed():
+    import adapters  # noqa: F401
+
+    assert PEERS["adapterhub"].missing() is None
 
 
 @needs_adapterhub

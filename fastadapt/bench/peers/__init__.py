@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,11 @@ class Training:
     gradients: Callable[[], dict[str, Tensor]]
 
 
+def _installed(package: str) -> bool:
+    # Asked of a package that is imported already, find_spec raises where that has set its own module object up.
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
 @dataclass(frozen=True)
 class Peer:
     """A system of the benchmarks.
@@ -67,7 +73,7 @@ class Peer:
 
     def missing(self) -> str | None:
         """What to install before it can run; None where it can."""
-        absent = [install for package, install in self.needs if importlib.util.find_spec(package) is None]
+        absent = [install for package, install in self.needs if not _installed(package)]
         return f"{self.name} needs {', '.join(absent)}: pip install {' '.join(absent)}" if absent else None
 
     def setup(self, job: str, case: Setup) -> Any:
