@@ -292,3 +292,27 @@ def test_a_wrong_row_reaches_no_figure():
     rows = [cell("stock", 1.0, dtype="fp32", batch=1), {**cell("fastadapt", 0.1, dtype="fp32", batch=1)}]
     rows[1]["samples_ms"] = None
     assert must.ratio(rows, "fastadapt", "stock", dtype="fp32", batch=1) is None
+
+
+def test_the_readme_shows_the_results_that_are_committed():
+    readme = bench_module("readme")
+    text = (readme.ROOT / "README.md").read_text()
+    assert len(readme.BLOCK.findall(text)) == len(readme.BLOCKS)
+    assert readme.filled(text) == text, "run python benchmarks/readme.py"
+
+
+def test_a_readme_block_is_what_the_command_printed(tmp_path, monkeypatch):
+    readme = bench_module("readme")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    rows = []
+    for system, ms in (("stock", 20.0), ("adapterhub", 22.0), ("fastadapt", 15.0)):
+        verdict = verify.Verdict(True, 1e-7, 2e-7)
+        label = PEERS[system].label
+        rows.append(report.record("latency", CASE, system, label, verdict=verdict, samples=[ms] * 3, base=[20.0] * 3))
+    document = {"environment": report.environment("cpu"), "command": "fastadapt bench latency", "records": rows}
+    report.write_json(tmp_path / "latency.json", document)
+    text = readme.filled("<!-- generated: headline -->\nold\n<!-- end -->\n<!-- generated: latency -->\n<!-- end -->")
+    assert "old" not in text
+    assert "| fp32 B=2 | 20.0 ms | 22.0 ms (+10 %) | 15.0 ms (-25 %) |" in text
+    assert "$ fastadapt bench latency" in text and "15.00" in text
+    assert readme.filled(text) == text
