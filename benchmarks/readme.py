@@ -20,6 +20,7 @@ from fastadapt.bench.report import read_json
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SHOWN_VERSIONS = ("torch", "transformers", "adapters", "openvino")
 PLOTS = {"latency": "docs/latency.png", "train": "docs/train.png"}
 
 Records = Sequence[dict[str, Any]]
@@ -28,11 +29,9 @@ Records = Sequence[dict[str, Any]]
 def where(document: dict[str, Any]) -> str:
     """The conditions, in one sentence."""
     e, versions = document["environment"], document["environment"]["versions"]
-    peers = [f"{name} {versions[name]}" for name in ("transformers", "adapters", "openvino") if versions.get(name)]
-    return (
-        f"{e['device']} ({e['cpu_capability']}), {e['threads']} threads, torch {versions['torch']}, {', '.join(peers)}, "
-        f"commit {e['commit']}, {e['date'][:10]}."
-    )
+    parts = [f"{e['device']} ({e['cpu_capability']})", f"{e['threads']} threads"]
+    parts += [f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions.get(name)]
+    return f"{', '.join(parts)}, commit {e['commit']}, {e['date'][:10]}."
 
 
 def output(document: dict[str, Any], rows: Callable[[Records], str]) -> str:

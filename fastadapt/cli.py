@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -274,7 +275,7 @@ def _bench(
     records = [row for case in cases for row in cell(case, progress)]
     print(rows(records))
     environment = report.environment(args.device)
-    document = {"environment": environment, "command": _command(), "records": records}
+    document = {"environment": environment, "command": args.command_line, "records": records}
     print(f"{environment['device']}, {environment['threads']} threads, torch {environment['versions']['torch']}")
     if args.json:
         print(f"records  {report.write_json(args.json, document)}")
@@ -329,13 +330,11 @@ def _check_device(device: str) -> None:
         raise UserError("--device: got 'cuda', but this torch sees no GPU; accepted here is cpu")
 
 
-def _command() -> str:
-    return " ".join(["fastadapt", *sys.argv[1:]])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments)
+    args.command_line = shlex.join(["fastadapt", *arguments])
     debug = os.environ.get("FASTADAPT_DEBUG") == "1"
     if not debug:
         _quieten()

@@ -116,6 +116,7 @@ def test_latency_end_to_end(tmp_path, capsys):
     assert records[0]["ratio_to_bare"] == 1.0
     assert {"device", "threads", "versions", "commit", "date"} <= set(document["environment"])
     assert document["environment"]["threads"] == 1
+    assert document["command"].startswith("fastadapt bench latency --layers 1 --batch 1 2 ")
     assert picture.read_bytes().startswith(b"\x89PNG")
     again = tmp_path / "again.svg"
     assert main(["plot", str(path), "--out", str(again)]) == 0
