@@ -62,7 +62,7 @@ def test_help(capsys, command):
         (["bench", "latency", "--method", "lora"], ["--method", "lora", "houlsby"]),
         (["bench", "latency", "--peers", "nobody"], ["--peers", "nobody", "adapterhub"]),
         (["bench", "train", "--peers", "openvino"], ["--peers", "openvino", "adapterhub"]),
-        (["bench", "latency", "--model", "/nowhere"], ["--model", "/nowhere"]),
+        (["bench", "latency", "--peers", "--model", "/nowhere"], ["--model", "/nowhere"]),
         (["bench", "latency", "--plot", "picture.gif"], ["--plot", ".gif", ".png"]),
         (["bench", "op", "--json", "/dev/null/x.json"], ["--json", "/dev/null"]),
         (["bench", "latency", "--layers", "1", "--peers", "--seq", "513", "--model", "tests"], ["--model", "tests"]),
