@@ -109,6 +109,21 @@ def test_kernels_are_compiled(tree):
 
 @needs_setuptools
 @needs_compiler
+def test_an_unchanged_library_in_the_source_tree_is_not_compiled_again(tree):
+    source, library = tree / "csrc" / "probe.cpp", tree / "fastadapt" / "_C.so"
+    in_place = ("build_ext", "--inplace")
+    assert build(tree, *in_place).returncode == 0
+    first = library.stat().st_mtime_ns
+    again = build(tree, *in_place)
+    assert "up to date" in again.stderr and library.stat().st_mtime_ns == first
+    source.write_text(source.read_text().replace("7", "8"))
+    changed = build(tree, *in_place)
+    assert "up to date" not in changed.stderr
+    assert ctypes.CDLL(str(library)).probe() == 8
+
+
+@needs_setuptools
+@needs_compiler
 def test_a_broken_compile_falls_back_and_shows_the_compilers_last_lines(tree):
     (tree / "csrc" / "probe.cpp").write_text("#error this kernel cannot be compiled\n")
     done = build(tree)
