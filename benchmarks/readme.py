@@ -29,7 +29,7 @@ Records = Sequence[dict[str, Any]]
 def where(document: dict[str, Any]) -> str:
     """The conditions, in one sentence."""
     e, versions = document["environment"], document["environment"]["versions"]
-    parts = [f"{e['device']} ({e['cpu_capability']})", f"{e['threads']} threads"]
+    parts = [f"{e['device']} ({', '.join(e['cpu_extensions'])})", f"{e['threads']} threads"]
     parts += [f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions.get(name)]
     return f"{', '.join(parts)}, commit {e['commit']}, {e['date'][:10]}."
 
