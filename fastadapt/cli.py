@@ -176,8 +176,8 @@ def _op_parser(jobs: Any) -> None:
         help="the fused adapter + residual + LayerNorm against its floor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Times one op on batch × seq rows and gives it as a share of its floor: the larger of its\n"
-        "arithmetic at the rate of a dense H×H product and its bytes at the rate of a copy, measured in the\n"
-        "same rounds.",
+        "arithmetic at the rate of the fastest dense H×H product here and its bytes at the rate of a copy,\n"
+        "measured in the same rounds.",
         epilog="example:\n  fastadapt bench op --batch 8 128 --dtype fp32",
     )
     parser.add_argument("--hidden", type=_positive, default=768, metavar="H", help="(768)")
