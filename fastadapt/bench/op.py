@@ -8,6 +8,7 @@ on a CPU, and this library's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +26,9 @@ OPS = ("fastadapt", "eager")  # what computes the op; the other rows are what it
 LABELS = {
     "fastadapt": "fastadapt, one op",
     "eager": "eager PyTorch",
-    "floor": "floor, the larger of:",
-    "gemm": "  arithmetic at GEMM rate",
-    "copy": "  bytes at copy rate",
+    "floor": "floor",
+    "gemm": "floor of arithmetic",
+    "copy": "floor of bytes",
 }
 
 
@@ -95,7 +96,9 @@ def calls(case: Case, t: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
 def _packed_product(dense: Tensor) -> nn.Module:
     linear = nn.Linear(*dense.shape, bias=False).eval().requires_grad_(False)
     linear.weight = nn.Parameter(dense.float(), requires_grad=False)
-    return mkldnn.to_mkldnn(linear, dtype=dense.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is made of TorchScript, which torch deprecates, and has no successor
+        return mkldnn.to_mkldnn(linear, dtype=dense.dtype)
 
 
 def bytes_moved(case: Case, hidden: int) -> int:
