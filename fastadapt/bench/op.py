@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import mkldnn
 
 import fastadapt as fa
 from fastadapt.bench import measure, report, verify
@@ -98,6 +97,8 @@ def _packed_product(dense: Tensor) -> nn.Module:
     linear.weight = nn.Parameter(dense.float(), requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is made of TorchScript, which torch deprecates, and has no successor
+        from torch.utils import mkldnn
+
         return mkldnn.to_mkldnn(linear, dtype=dense.dtype)
 
 
