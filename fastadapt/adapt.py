@@ -6,15 +6,18 @@ Each checks everything first and changes the model after, so that one that raise
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from fastadapt import dispatch
 from fastadapt.models import wiring_of
 from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
+
+if TYPE_CHECKING:  # these import transformers, which importing fastadapt does not
+    from fastadapt.models.wiring import Wiring
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,10 +46,12 @@ def restore(model: Model) -> Model:
     held = adaptations(model)
     if held:
         raise ValueError(f"model: holds adaptations ({', '.join(held)}); accepted is one without, so call unload first")
+    check_owner(model, wiring)
     return unload(model) if container_of(model) is not None else _restored(model, wiring)
 
 
-def _restored(model: Model, wiring: Any) -> Model:
+def _restored(model: Model, wiring: Wiring) -> Model:
+    dispatch.forget(list(model.parameters()))
     wiring.restore(model)
     return model
 
@@ -75,7 +80,7 @@ def install(
     head: int | nn.Module | None,
     *,
     trainable: bool,
-    prepare: Any = None,
+    prepare: Callable[[Adaptation], None] | None = None,
 ) -> None:
     """:func:`adapt` for adaptations made or read; ``prepare`` sees the new one before the model does."""
     from fastadapt.models.head import make_head
@@ -84,7 +89,7 @@ def install(
     wiring = wiring_of(model)
     base = wiring.base_of(model)
     check_new_name(model, name)
-    if base is not model and wiring.slots_of(model) == {} and getattr(model, model.base_model_prefix, None) is not base:
+    if base is not model and model._modules.get(getattr(model, "base_model_prefix", "")) is not base:
         raise ValueError(
             f"model: got {type(model).__name__}, which wraps the model it adapts; accepted is that model itself"
         )
@@ -93,11 +98,7 @@ def install(
         raise ValueError(
             f"model: no fused class for {', '.join(missing)}; accepted are the classes of {wiring.base.__name__}"
         )
-    if container_of(model) is None and any(getattr(m, "active_site", None) is not None for m in base.modules()):
-        raise ValueError(
-            "model: its sublayers run an adaptation of another model around or inside it; accepted is one without, so "
-            "call unload on that one first"
-        )
+    check_owner(model, wiring)
     sites = sites_for(config, wiring, base)
     own_head, num_labels = make_head(model, wiring, head)
     # A head of another width has to find its own problem type; the model does that at the first labels.
@@ -160,7 +161,7 @@ def activate(model: Model, name: str | None, skip_layers: Iterable[int] = ()) ->
     return model
 
 
-def _engage(model: nn.Module, wiring: Any, name: str | None, skipped: tuple[int, ...]) -> None:
+def _engage(model: nn.Module, wiring: Wiring, name: str | None, skipped: tuple[int, ...]) -> None:
     """Point every sublayer and slot at what runs there. Nothing here can fail."""
     from fastadapt.models.head import parts_of
 
@@ -236,6 +237,7 @@ def unload(model: Model, merge: bool = False) -> Model:
     if merge and container is not None and container.active is not None:
         kind = type(container[container.active].config).__name__
         raise ValueError(f"merge: got True, but a {kind} merges into no weight; accepted is False")
+    check_owner(model, wiring)
     if container is not None:
         _engage(model, wiring, None, ())
         for key, parameter in base_parameters(model):
@@ -278,9 +280,7 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
     return model
 
 
-def load(
-    model: Model, path: str | os.PathLike[str], name: str | None = None, trainable: bool = False
-) -> Model:
+def load(model: Model, path: str | os.PathLike[str], name: str | None = None, trainable: bool = False) -> Model:
     """Read an adaptation from a folder, of a format told by its content, and activate it; the base is frozen.
 
     Args:
@@ -324,6 +324,15 @@ def refresh(model: Model) -> Model:
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(key, p) for key, p in model.named_parameters() if not key.startswith(f"{CONTAINER}.")]
+
+
+def check_owner(model: nn.Module, wiring: Wiring) -> None:
+    """Refuse a part of an adapted model, or what is wrapped around one: its sublayers run that one's adaptations."""
+    if container_of(model) is None and wiring.is_adapted(wiring.base_of(model)):
+        raise ValueError(
+            f"model: the sublayers of this {type(model).__name__} belong to an adapted model around or inside it; "
+            "accepted is that model, or this one after unload of that"
+        )
 
 
 def check_new_name(model: nn.Module, name: Any) -> None:

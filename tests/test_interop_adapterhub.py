@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import METHODS, SEQUENCE, batch, make, output, shake
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 import fastadapt as fa
+from tests.tiny import METHODS, SEQUENCE, batch, make, output, shake
 
 ROOT = Path(__file__).parent / "fixtures" / "adapterhub"
 CASES: dict[str, str] = json.loads((ROOT / "made_by.json").read_text())["cases"]
@@ -125,7 +125,8 @@ def test_it_reads_ours(model_class, config, tmp_path):
         fa.save(model, tmp_path / "ours")
     logits = output(model)
     theirs = make(model_class, num_labels=4)
-    theirs.load_state_dict({k: v for k, v in make(model_class).state_dict().items() if "classifier" not in k}, strict=False)
+    base = {key: t for key, t in make(model_class).state_dict().items() if "classifier" not in key}
+    theirs.load_state_dict(base, strict=False)
     adapters.init(theirs)
     theirs.load_adapter(str(tmp_path / "ours"), use_safetensors=True)
     theirs.set_active_adapters("ours")
@@ -176,6 +177,19 @@ def test_bare_and_headed_models_read_each_other(tmp_path):
     assert not (tmp_path / "bare" / "head_config.json").exists()
     again = fa.load(make(), tmp_path / "bare")
     assert torch.equal(again.bert(**batch(again))[0], expected)
+
+
+def test_names_of_labels_are_kept(tmp_path):
+    model = fa.adapt(make(), METHODS["pfeiffer"], name="a", head=2)
+    fa.save(model, tmp_path / "a")
+    file = tmp_path / "a" / "head_config.json"
+    config = json.loads(file.read_text())
+    assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1} and config["num_labels"] == 2
+    file.write_text(json.dumps({**config, "label2id": {"no": 0, "yes": 1}}))
+    again = fa.load(make(), tmp_path / "a")
+    assert again.num_labels == 2
+    fa.save(again, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "head_config.json").read_text())["label2id"] == {"no": 0, "yes": 1}
 
 
 def test_a_head_of_another_class_is_left_out_with_a_warning(tmp_path):

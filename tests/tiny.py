@@ -81,7 +81,7 @@ def batch(model: nn.Module, rows: int = 3, length: int = 10, labels: bool = Fals
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if "MultipleChoice" in type(model).__name__:
+    if type(model).__name__.endswith("MultipleChoice"):
         return {key: torch.stack([t, t.flip(0)], dim=1) for key, t in inputs.items()}
     if labels:
         inputs["labels"] = torch.arange(rows) % 3

@@ -57,15 +57,17 @@ inline void emulated_dp(int c, int a, int b) {
 
 // Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B. A's rows past `rows` are read
 // (the block is padded) and only make rows of c that nobody looks at, within c's padding.
-inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
-  constexpr int64_t c_stride = 32 * 4, a_stride = kStride * 4;
+inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                     bool accumulate) {
+  constexpr int64_t a_stride = kStride * 4;
+  const int64_t c_stride = ldc * 4;
   const bool two = rows > 16;
   if (accumulate) {
     FA_TILE_LOAD(0, c, c_stride);
     FA_TILE_LOAD(1, c + 16, c_stride);
     if (two) {
-      FA_TILE_LOAD(2, c + 16 * 32, c_stride);
-      FA_TILE_LOAD(3, c + 16 * 32 + 16, c_stride);
+      FA_TILE_LOAD(2, c + 16 * ldc, c_stride);
+      FA_TILE_LOAD(3, c + 16 * ldc + 16, c_stride);
     }
   } else {
     FA_TILE_ZERO(0);
@@ -88,7 +90,7 @@ inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb
   FA_TILE_STORE(0, c, c_stride);
   FA_TILE_STORE(1, c + 16, c_stride);
   if (two) {
-    FA_TILE_STORE(2, c + 16 * 32, c_stride);
-    FA_TILE_STORE(3, c + 16 * 32 + 16, c_stride);
+    FA_TILE_STORE(2, c + 16 * ldc, c_stride);
+    FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
   }
 }

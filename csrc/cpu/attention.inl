@@ -1,104 +1,131 @@
-// Self-attention of one (batch, head) at a time, in float whatever T is: K and V of a head stay in the cache, and
-// nothing of size S x S leaves it. Backward makes the probabilities again from the log-sum-exp.
+// Self-attention of one (batch, head) at a time: K and V of a head stay in the cache, and nothing of size S x S leaves
+// it. Backward makes the probabilities again from the log-sum-exp. A head's matrices become B operands in two forms:
+// with the head's dimension as k (transposed words), and with the sequence as k (row words).
 
-// Rows [0, S) of matrix `which` (0 q, 1 k, 2 v) of this head as floats [S][ld], zeros up to ld.
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+FA_INLINE int64_t round32(int64_t n) { return (n + 31) / 32 * 32; }
+
+// Row words: two rows side by side in a word where T is multiplied in pairs (the second may be absent), else one.
 template <class T>
-void head_rows(const Attention& p, int64_t batch, int64_t head, int which, float factor, float* out, int64_t ld) {
-  const int64_t d = p.head_dim, h = p.heads * d;
-  for (int64_t r = 0; r < p.length; ++r) {
-    const T* row = (const T*)p.qkv + (batch * p.length + r) * 3 * h + which * h + head * d;
-    for (int64_t i = 0; i < ld; i += W) store(out + r * ld + i, i < d ? load_n(row + i, d - i) * factor : F{});
+FA_INLINE void interleave(const float* even, const float* odd, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    U word = bits(rounded<T>(load(even + i)));
+    if constexpr (Operand<T>::pairs) word = (word >> 16) | (odd ? bits(rounded<T>(load(odd + i))) : U{});
+    std::memcpy(out + i, &word, sizeof word);
   }
 }
+// [rows][ld] floats as row words [words_of(rows)][ld]; ld is a multiple of 32.
+template <class T>
+void row_words(const float* rows_f, int64_t rows, int64_t ld, uint32_t* out) {
+  constexpr int per = Operand<T>::per_word;
+  const int64_t words = words_of<T>(rows);
+  for (int64_t r = 0; r < words; ++r) {
+    if (r * per >= rows) std::memset(out + r * ld, 0, 4 * ld);
+    else interleave<T>(rows_f + r * per * ld, r * per + 1 < rows ? rows_f + (r * per + 1) * ld : nullptr, ld, out + r * ld);
+  }
+}
+// Row r of matrix `which` (0 q, 1 k, 2 v) of this head.
+template <class T>
+FA_INLINE const T* head_row(const Attention& p, int64_t batch, int64_t head, int which, int64_t r) {
+  const int64_t h = p.heads * p.head_dim;
+  return (const T*)p.qkv + (batch * p.length + r) * 3 * h + which * h + head * p.head_dim;
+}
+// n rows of d elements as floats [n][ld], zeros up to ld.
+template <class T, class Row>
+FA_INLINE void widen(int64_t n, int64_t d, int64_t ld, float* out, Row&& row) {
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < ld; i += W) store(out + r * ld + i, i < d ? load_n(row(r) + i, d - i) : F{});
+}
+// n rows of d elements as the words of an A operand, and from them the transposed words [words_of(d)][ld] with zeros up
+// to ld. `rows` is scratch.
+template <class T, class Row>
+FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, const ABlock& rows, uint32_t* out, Row&& row) {
+  const int64_t words = words_of<T>(d);
+  for (int64_t r0 = 0; r0 < n; r0 += kRows) {
+    const int64_t count = std::min(kRows, n - r0);
+    for (int64_t r = 0; r < count; ++r) copy_row<T>(rows, r, row(r0 + r), d);
+    transpose((const float*)rows.words, kStride, count, words, (float*)out + r0, ld);
+  }
+  for (int64_t i = 0; i < words; ++i) std::memset(out + i * ld + n, 0, 4 * (size_t)(ld - n));
+}
 
-// The mask of one query row, added to its scores.
-FA_INLINE void add_mask(const Attention& p, int64_t batch, int64_t head, int64_t query, float* row) {
-  if (!p.mask) return;
+// One query row of scores: times the factor, plus the mask; -inf past the sequence.
+FA_INLINE void masked_row(const Attention& p, int64_t batch, int64_t head, int64_t query, float* row) {
+  const int64_t n = p.length, sp = round32(n);
   const int64_t* st = p.mask_strides;
   const int64_t base = batch * st[0] + head * st[1] + query * st[2];
-  if (p.mask_is_bool) {
-    const uint8_t* m = (const uint8_t*)p.mask + base;
-    for (int64_t j = 0; j < p.length; ++j)
-      if (!m[j * st[3]]) row[j] = -std::numeric_limits<float>::infinity();
-  } else {
+  if (p.mask && !p.mask_is_bool && st[3] == 1) {
     const float* m = (const float*)p.mask + base;
-    if (st[3] == 1)
-      for (int64_t j = 0; j < p.length; j += W)
-        store_n(row + j, load_n(row + j, p.length - j) + load_n(m + j, p.length - j), p.length - j);
-    else
-      for (int64_t j = 0; j < p.length; ++j) row[j] += m[j * st[3]];
+    for (int64_t j = 0; j < n; j += W) store(row + j, load(row + j) * p.scale + load_n(m + j, n - j));
+  } else {
+    for (int64_t j = 0; j < sp; j += W) store(row + j, load(row + j) * p.scale);
+    if (p.mask && p.mask_is_bool) {
+      const uint8_t* m = (const uint8_t*)p.mask + base;
+      for (int64_t j = 0; j < n; ++j)
+        if (!m[j * st[3]]) row[j] = kMinusInfinity;
+    } else if (p.mask) {
+      const float* m = (const float*)p.mask + base;
+      for (int64_t j = 0; j < n; ++j) row[j] += m[j * st[3]];
+    }
   }
+  for (int64_t j = n; j < sp; ++j) row[j] = kMinusInfinity;
 }
 
-// The scores of `rows` queries against all keys into block p_block: queries are scaled already.
-FA_INLINE void scores(const float* q, int64_t ldq, int64_t rows, int64_t d, const float* keys_t, int64_t sp, ABlock a,
-                      ABlock out, float* c) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < d; i += W) put<float>(a, r, i, load_n(q + r * ldq + i, d - i), d - i);
-  Passes k;
-  k.add((const uint32_t*)keys_t, 32, sp, d);
-  product<float>(a, rows, k, 0, sp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    for (int64_t r = 0; r < mr; ++r)
-      for (int v = 0; v < kNV; ++v)
-        store((float*)out.row(m + r, 0) + panel * 32 + v * W, load(tile + r * 32 + v * W));
-  });
+// Rows of T (`row(r)`) by transposed words [words_of(d)][sp] into out [rows + 32][sp].
+template <class T, class Row>
+FA_INLINE void scores(const ABlock& a, int64_t rows, int64_t d, const uint32_t* words_t, int64_t sp, float* c,
+                      float* out, Row&& row) {
+  for (int64_t r = 0; r < rows; ++r) copy_row<T>(a, r, row(r), d);
+  Passes<T> k;
+  k.add(words_t, 32, sp, words_of<T>(d));
+  product_into<T>(a, rows, k, sp / 32, c, out, sp, [](int64_t) {});
 }
 
 template <class T>
 void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
   Scratch& scr = scratch();
-  const int64_t n = p.length, d = p.head_dim, dp = (d + 31) / 32 * 32, sp = (n + 31) / 32 * 32, h = p.heads * d;
-  float* rows_f = scr.get<float>(0, n * dp);
-  float* keys_t = scr.get<float>(1, d * sp);
-  float* values = scr.get<float>(2, n * dp);
+  const int64_t n = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
+  uint32_t* keys_t = scr.get<uint32_t>(0, words_of<T>(d) * sp);
+  float* wide = scr.get<float>(1, n * dp);
+  uint32_t* values = scr.get<uint32_t>(2, words_of<T>(n) * dp);
   float* c = scr.get<float>(3, tile_scratch(kRows));
-  ABlock q{scr.get<uint32_t>(4, ABlock::size(kRows, d)), padded_rows(kRows)};
+  ABlock q{scr.get<uint32_t>(4, ABlock::size(kRows, words_of<T>(d))), padded_rows(kRows)};
   ABlock prob{scr.get<uint32_t>(5, ABlock::size(kRows, sp)), padded_rows(kRows)};
-  int8_t* keep = p.drop.on ? scr.get<int8_t>(6, sp + 64) : nullptr;
-  head_rows<T>(p, batch, head, 1, 1.0f, rows_f, dp);
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = n; j < sp; ++j) keys_t[i * sp + j] = 0.0f;
-  transpose(rows_f, dp, n, d, keys_t, sp);
-  head_rows<T>(p, batch, head, 2, 1.0f, values, dp);
-  head_rows<T>(p, batch, head, 0, p.scale, rows_f, dp);
+  float* s = scr.get<float>(6, (kRows + 32) * sp);
+  int8_t* keep = p.drop.on ? scr.get<int8_t>(7, sp + 64) : nullptr;
+  transposed_words<T>(n, d, sp, q, keys_t, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
+  widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
+  row_words<T>(wide, n, dp, values);
   float inverse[kRows];
   const int64_t blocks = (n + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t q0 = n * block / blocks, rows = n * (block + 1) / blocks - q0;
-    scores(rows_f + q0 * dp, dp, rows, d, keys_t, sp, q, prob, c);
+    scores<T>(q, rows, d, keys_t, sp, c, s, [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); });
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = (float*)prob.row(r, 0);
-      add_mask(p, batch, head, q0 + r, row);
-      F top = set1(-std::numeric_limits<float>::infinity());
-      for (int64_t j = n; j < sp; ++j) row[j] = -std::numeric_limits<float>::infinity();
+      float* row = s + r * sp;
+      masked_row(p, batch, head, q0 + r, row);
+      F top = set1(kMinusInfinity);
       for (int64_t j = 0; j < sp; j += W) top = max(load(row + j), top);
       float highest = top[0];
       for (int l = 1; l < W; ++l) highest = top[l] > highest ? top[l] : highest;
       const int64_t query = (batch * p.heads + head) * n + q0 + r;
-      if (highest == -std::numeric_limits<float>::infinity()) {  // every key is masked: attends to nothing
-        std::memset(row, 0, sizeof(float) * sp);
-        inverse[r] = 0.0f;
-        if (p.lse) p.lse[query] = highest;
-        continue;
-      }
+      const bool any = highest != kMinusInfinity;  // else every key is masked: the row attends to nothing
+      if (keep) keep_row(query, n, p.drop, keep);
       F total = F{};
       for (int64_t j = 0; j < sp; j += W) {
-        const F e = exp(load(row + j) - highest);
+        F e = any ? exp(load(row + j) - highest) : F{};
         total = total + e;
-        store(row + j, e);
+        if (keep) e = dropped(e, keep + j, 1.0f);
+        put<T>(prob, r, j, e, W);
       }
       const float all = sum(total);
-      inverse[r] = 1.0f / all;
-      if (p.lse) p.lse[query] = highest + std::log(all);
-      if (keep) {
-        keep_row(query, n, p.drop, keep);
-        inverse[r] *= p.drop.keep_scale;
-        for (int64_t j = 0; j < sp; j += W) store(row + j, dropped(load(row + j), keep + j, 1.0f));
-      }
+      inverse[r] = any ? p.drop.keep_scale / all : 0.0f;
+      if (p.lse) p.lse[query] = any ? highest + std::log(all) : kMinusInfinity;
     }
-    Passes k;
-    k.add((const uint32_t*)values, 32, dp, n);
-    product<float>(prob, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    Passes<T> k;
+    k.add(values, 32, dp, words_of<T>(n));
+    product<T>(prob, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W;
         if (col >= d) break;
@@ -113,35 +140,38 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
 template <class T>
 void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   Scratch& scr = scratch();
-  const int64_t n = p.length, d = p.head_dim, dp = (d + 31) / 32 * 32, sp = (n + 31) / 32 * 32, h = p.heads * d;
-  float* queries = scr.get<float>(0, n * dp);
-  float* keys = scr.get<float>(1, n * dp);
-  float* keys_t = scr.get<float>(2, d * sp);
-  float* values_t = scr.get<float>(3, d * sp);
-  float* dk_t = scr.get<float>(4, d * sp);
-  float* dv_t = scr.get<float>(5, d * sp);
-  float* c = scr.get<float>(6, tile_scratch(std::max(kRows, d)));
-  ABlock q{scr.get<uint32_t>(7, ABlock::size(kRows, d)), padded_rows(kRows)};
-  ABlock prob{scr.get<uint32_t>(8, ABlock::size(kRows, sp)), padded_rows(kRows)};
-  ABlock ds{scr.get<uint32_t>(9, ABlock::size(kRows, sp)), padded_rows(kRows)};
-  ABlock left{scr.get<uint32_t>(10, ABlock::size(d, kRows)), padded_rows(d)};
-  float* dout = scr.get<float>(11, kRows * dp);
-  int8_t* keep = p.drop.on ? scr.get<int8_t>(12, sp + 64) : nullptr;
-  for (int64_t i = 0; i < d; ++i)
-    for (int64_t j = n; j < sp; ++j) keys_t[i * sp + j] = values_t[i * sp + j] = 0.0f;
-  head_rows<T>(p, batch, head, 2, 1.0f, queries, dp);
-  transpose(queries, dp, n, d, values_t, sp);
-  head_rows<T>(p, batch, head, 1, 1.0f, keys, dp);
-  transpose(keys, dp, n, d, keys_t, sp);
-  head_rows<T>(p, batch, head, 0, p.scale, queries, dp);
+  const int64_t n = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
+  uint32_t* keys_t = scr.get<uint32_t>(0, words_of<T>(d) * sp);
+  float* wide = scr.get<float>(1, std::max(n, kRows) * dp);
+  uint32_t* values_t = scr.get<uint32_t>(2, words_of<T>(d) * sp);
+  float* c = scr.get<float>(3, tile_scratch(std::max(kRows, d)));
+  ABlock a{scr.get<uint32_t>(4, ABlock::size(kRows, words_of<T>(d))), padded_rows(kRows)};
+  ABlock ds{scr.get<uint32_t>(5, ABlock::size(kRows, sp)), padded_rows(kRows)};
+  float* s = scr.get<float>(6, (kRows + 32) * sp);
+  int8_t* keep = p.drop.on ? scr.get<int8_t>(7, sp + 64) : nullptr;
+  float* g = scr.get<float>(8, (kRows + 32) * sp);
+  uint32_t* keys = scr.get<uint32_t>(9, words_of<T>(n) * dp);
+  float* dk_t = scr.get<float>(10, d * sp);
+  float* dv_t = scr.get<float>(11, d * sp);
+  ABlock left{scr.get<uint32_t>(12, ABlock::size(d, kRows)), padded_rows(d)};
+  uint32_t* left_rows = scr.get<uint32_t>(13, (kRows + 32) * dp);
+  uint32_t* right = scr.get<uint32_t>(14, (kRows + 32) * sp);
+  transposed_words<T>(n, d, sp, a, keys_t, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
+  transposed_words<T>(n, d, sp, a, values_t, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
+  widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
+  row_words<T>(wide, n, dp, keys);
   std::memset(dk_t, 0, sizeof(float) * d * sp);
   std::memset(dv_t, 0, sizeof(float) * d * sp);
 
-  auto add_product = [&](const float* rows_of_left, int64_t rows, const ABlock& right, float* out) {
-    transpose(rows_of_left, dp, rows, d, (float*)left.words, kStride);
-    Passes k;
-    k.add(right.words, 32, kStride, rows);
-    product<float>(left, d, k, 0, sp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  // out [d][sp] += (rows [rows][d])^T times float rows `by` [rows][sp].
+  auto add_product = [&](int64_t rows, const float* by, float* out, auto&& row) {
+    widen<T>(rows, d, dp, wide, row);
+    row_words<T>(wide, rows, dp, left_rows);
+    transpose((const float*)left_rows, dp, words_of<T>(rows), d, (float*)left.words, kStride);
+    row_words<T>(by, rows, sp, right);
+    Passes<T> k;
+    k.add(right, 32, sp, words_of<T>(rows));
+    product<T>(left, d, k, 0, sp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
       for (int64_t r = 0; r < mr; ++r)
         for (int v = 0; v < kNV; ++v) {
           float* to = out + (m + r) * sp + panel * 32 + v * W;
@@ -156,55 +186,51 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   const int64_t blocks = (n + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t q0 = n * block / blocks, rows = n * (block + 1) / blocks - q0;
+    auto query_row = [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); };
+    auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * n + q0 + r) * h + head * d; };
+    scores<T>(a, rows, d, keys_t, sp, c, s, query_row);
+    scores<T>(a, rows, d, values_t, sp, c, g, dout_row);  // dP = dO V^T
     for (int64_t r = 0; r < rows; ++r) {
-      const T* row = (const T*)p.dout + (batch * n + q0 + r) * h + head * d;
-      for (int64_t i = 0; i < dp; i += W) store(dout + r * dp + i, i < d ? load_n(row + i, d - i) : F{});
-    }
-    scores(queries + q0 * dp, dp, rows, d, keys_t, sp, q, prob, c);
-    scores(dout, dp, rows, d, values_t, sp, q, ds, c);  // dP = dO V^T
-    for (int64_t r = 0; r < rows; ++r) {
-      float* row = (float*)prob.row(r, 0);
-      float* grad = (float*)ds.row(r, 0);
-      add_mask(p, batch, head, q0 + r, row);
+      float* row = s + r * sp;
+      float* grad = g + r * sp;
+      masked_row(p, batch, head, q0 + r, row);
       const int64_t query = (batch * p.heads + head) * n + q0 + r;
       // A row whose keys are all masked has lse = -inf and probability zero everywhere.
-      const float lse = p.lse[query] == -std::numeric_limits<float>::infinity() ? std::numeric_limits<float>::infinity()
-                                                                               : p.lse[query];
+      const float lse = p.lse[query] == kMinusInfinity ? -kMinusInfinity : p.lse[query];
       if (keep) keep_row(query, n, p.drop, keep);
       F total = F{};
-      for (int64_t j = n; j < sp; ++j) row[j] = -std::numeric_limits<float>::infinity();
       for (int64_t j = 0; j < sp; j += W) {
         const F e = exp(load(row + j) - lse);
-        F g = load(grad + j);
-        if (keep) g = dropped(g, keep + j, p.drop.keep_scale);
-        total = total + e * g;
-        store(grad + j, g);
+        F v = load(grad + j);
+        if (keep) v = dropped(v, keep + j, p.drop.keep_scale);
+        total = total + e * v;
+        store(grad + j, v);
         store(row + j, e);
       }
       const float mean = sum(total);
       for (int64_t j = 0; j < sp; j += W) {
-        const F e = load(row + j);
-        store(grad + j, e * (load(grad + j) - mean));
+        const F e = load(row + j), v = e * (load(grad + j) - mean) * p.scale;
+        store(grad + j, v);
+        put<T>(ds, r, j, v, W);
         if (keep) store(row + j, dropped(e, keep + j, p.drop.keep_scale));
       }
     }
-    Passes k;
-    k.add((const uint32_t*)keys, 32, dp, n);
-    product<float>(ds, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    Passes<T> k;
+    k.add(keys, 32, dp, words_of<T>(n));
+    product<T>(ds, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W;
         if (col >= d) break;
-        for (int64_t r = 0; r < mr; ++r) write(0, q0 + m + r, col, load(tile + r * 32 + v * W) * p.scale);
+        for (int64_t r = 0; r < mr; ++r) write(0, q0 + m + r, col, load(tile + r * 32 + v * W));
       }
     });
-    add_product(dout, rows, prob, dv_t);
-    add_product(queries + q0 * dp, rows, ds, dk_t);
+    add_product(rows, s, dv_t, dout_row);
+    add_product(rows, g, dk_t, query_row);
   }
-  // `keys` is free now and holds each result with its rows the right way round.
   for (int which = 1; which <= 2; ++which) {
-    transpose(which == 1 ? dk_t : dv_t, sp, d, n, keys, dp);
+    transpose(which == 1 ? dk_t : dv_t, sp, d, n, wide, dp);
     for (int64_t r = 0; r < n; ++r)
-      for (int64_t i = 0; i < d; i += W) write(which, r, i, load_n(keys + r * dp + i, d - i));
+      for (int64_t i = 0; i < d; i += W) write(which, r, i, load_n(wide + r * dp + i, d - i));
   }
 }
 

@@ -11,16 +11,14 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
   ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
   ABlock a{scr.get<uint32_t>(1, ABlock::size(rows, words_of<T>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(rows));
-  float* sums = scr.get<float>(3, rows * stride);
+  float* sums = scr.get<float>(3, (rows + 32) * stride);
   int8_t* keep = nullptr;
   if (p.drop.on) {
     keep = scr.get<int8_t>(4, rows * keep_stride);
     keep_rows<T>(r0, rows, h, p.drop, keep);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = (const T*)p.x + (r0 + r) * h;
-    for (int64_t i = 0; i < h; i += W) put<T>(x, r, i, load_n(row + i, h - i), h - i);
-    pad_row<T>(x, r, h);
+    copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
     pad_row<T>(a, r, b);
   }
   product<T>(x, rows, passes_of<T>(p.down), 0, (b + 31) / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
@@ -35,32 +33,36 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
       }
     }
   });
-  const bool norm = p.norm_weight != nullptr;
-  product<T>(a, rows, passes_of<T>(p.up), 0, (h + 31) / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    for (int v = 0; v < kNV; ++v) {
-      const int64_t col = panel * 32 + v * W, n = h - col;
-      if (n <= 0) break;
-      const F bias = p.b_up ? load_n(p.b_up + col, n) : F{};
-      const F scale = p.scale ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
-      for (int64_t r = 0; r < mr; ++r) {
-        const int64_t at = (r0 + m + r) * h + col;
-        F s = (load(tile + r * 32 + v * W) + bias) * scale;
-        if (keep) s = dropped(s, keep + (m + r) * keep_stride + col, p.drop.keep_scale);
-        if (p.skip) s = s + get<T>(x, m + r, col, n);
-        if (p.residual) s = s + load_n((const T*)p.residual + at, n);
-        if (norm) {
-          s = rounded<T>(s);
-          store_n(sums + (m + r) * stride + col, s, n);
-          if (p.s) store_n((T*)p.s + at, s, n);
-        } else {
-          store_n((T*)p.y + at, s, n);
-        }
-      }
-    }
+  // While this product computes, memory brings what is read next: the residual, and the next block of x.
+  const int64_t panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
+  const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
+  const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
+  product_into<T>(a, rows, passes_of<T>(p.up), panels, c, sums, stride, [&](int64_t panel) {
+    prefetch_share(residual, bytes, panel, panels);
+    prefetch_share(next, bytes, panel, panels);
   });
-  if (norm)
-    for (int64_t r = 0; r < rows; ++r)
-      normalise(sums + r * stride, h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + (r0 + r) * h);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* sum_row = sums + r * stride;
+    const int64_t at = (r0 + r) * h;
+    F total[4] = {};
+    four_chains(h, [&](int64_t i, int chain) {
+      const int64_t n = h - i;
+      F s = load(sum_row + i);
+      if (p.b_up) s = s + load_n(p.b_up + i, n);
+      s = s * (p.scale ? load_n(p.scale + i, n) * p.factor : set1(p.factor));
+      if (keep) s = dropped(s, keep + r * keep_stride + i, p.drop.keep_scale);
+      if (p.skip) s = s + get<T>(x, r, i, n);
+      if (residual) s = s + load_n(residual + r * h + i, n);
+      if (!p.norm_weight) return store_n((T*)p.y + at + i, s, n);
+      s = rounded<T>(s);
+      if (n < W) s = tail_zeroed(s, n);
+      total[chain] = total[chain] + s;
+      store(sum_row + i, s);
+      if (p.s) store_n((T*)p.s + at + i, s, n);
+    });
+    if (p.norm_weight)
+      normalise(sum_row, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + at);
+  }
 }
 
 template <class T>
@@ -140,25 +142,23 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
     }
   });
 
-  if (p.dx)
-    product<T>(dh, rows, passes_of<T>(p.down_t), 0, hp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-      for (int v = 0; v < kNV; ++v) {
-        const int64_t col = panel * 32 + v * W, n = h - col;
-        if (n <= 0) break;
-        for (int64_t r = 0; r < mr; ++r) {
-          F value = load(tile + r * 32 + v * W);
-          if (p.skip) value = value + load_n(ds + (m + r) * hp + col, n);
-          store_n((T*)p.dx + (r0 + m + r) * h + col, value, n);
-        }
+  if (p.dx) {
+    float* dx = scr.get<float>(11, (rows + 32) * hp);
+    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, [](int64_t) {});
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < h; i += W) {
+        F value = load(dx + r * hp + i);
+        if (p.skip) value = value + load(ds + r * hp + i);
+        store_n((T*)p.dx + (r0 + r) * h + i, value, h - i);
       }
-    });
+  }
   if (!weights) return;
 
   // Products over the block's rows, in float whatever T is: [b, rows] by [rows, H].
   ABlock left{scr.get<uint32_t>(9, ABlock::size(b, rows)), padded_rows(b)};
   auto add_product = [&](const float* rows_of_left, const float* right, int64_t ldb, float* out) {
     transpose(rows_of_left, bp, rows, b, (float*)left.words, kStride);
-    Passes k;
+    Passes<float> k;
     k.add((const uint32_t*)right, 32, ldb, rows);
     product<float>(left, b, k, 0, hp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
       for (int64_t r = 0; r < mr; ++r)

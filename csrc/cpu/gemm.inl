@@ -5,8 +5,11 @@
 
 constexpr int64_t kBlock = 768;   // words of k in a row of a block
 constexpr int64_t kStride = 784;  // words between rows of an A block
-constexpr int64_t kPass = 256;    // words of k in one pass over a tile: longer sums are added up from partial ones,
-                                  // which keeps their rounding error at that of PyTorch's own products
+// Words of k in one pass over a tile. Longer sums are added up from partial ones, which keeps the rounding error of
+// float products at that of PyTorch's own; pairs round their inputs far more coarsely than that.
+template <bool Pairs>
+constexpr int64_t kPass = Pairs ? 384 : 256;
+constexpr int64_t kAhead = 24;  // rows of B that are asked for before they are multiplied
 
 // How T is multiplied: as float words, or as pairs of bfloat16.
 template <class T>
@@ -46,7 +49,7 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
 
 template <int MR, bool Pairs>
 __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb, int64_t kw,
-                                    float* __restrict c, bool accumulate) {
+                                    float* __restrict c, int64_t ldc, bool accumulate) {
   F acc[MR][kNV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -62,6 +65,8 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
 #pragma GCC unroll 8
       for (int v = 0; v < kNV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
     }
+    __builtin_prefetch(b + kAhead * ldb, 0, 3);
+    __builtin_prefetch(b + kAhead * ldb + 16, 0, 3);
     b += ldb;
     a += 1;
   }
@@ -69,12 +74,12 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < kNV; ++v) {
-      float* to = c + m * 32 + v * W;
+      float* to = c + m * ldc + v * W;
       store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
     }
 }
 
-using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, bool);
+using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
 template <bool Pairs, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
   return {tile<M + 1, Pairs>...};
@@ -88,9 +93,10 @@ template <class T>
 struct Tiles {
   static constexpr int max_rows = FA_ROWS;
   struct Session {};
-  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
+  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                  bool accumulate) {
     static constexpr auto table = tiles_of<Operand<T>::pairs>(std::make_integer_sequence<int, FA_ROWS>{});
-    table[rows - 1](a, b, ldb, kw, c, accumulate);
+    table[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -98,8 +104,9 @@ template <>
 struct Tiles<bf16> {
   static constexpr int max_rows = 32;
   using Session = AmxSession;
-  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
-    amx_tile(rows, a, b, ldb, kw, c, accumulate);
+  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                  bool accumulate) {
+    amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
 };
 #endif
@@ -141,19 +148,35 @@ FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k) {
     for (int64_t i = k; i < words_of<T>(k) * 2; ++i) *((bf16*)a.row(m, i / 2) + i % 2) = 0;
 }
 
+// Row m of the block from a row in memory.
+template <class T>
+FA_INLINE void copy_row(const ABlock& a, int64_t m, const T* from, int64_t k) {
+  if constexpr (Operand<T>::pairs || std::is_same_v<T, float>) {
+    constexpr int per = Operand<T>::per_word;
+    for (int64_t i = 0; i < k; i += kBlock * per)
+      std::memcpy(a.row(m, i / per), from + i, sizeof(T) * (size_t)std::min(kBlock * per, k - i));
+  } else {
+    for (int64_t i = 0; i < k; i += W) put<T>(a, m, i, load_n(from + i, k - i), k - i);
+  }
+  pad_row<T>(a, m, k);
+}
+
 // -- the product -----------------------------------------------------------------------------------------------------
 
-struct Pass {  // up to kPass words of k: where they start in A, where in B's panel 0, how far the next panel is
+struct Pass {  // up to kPass of k: where they start in A, where in B's panel 0, how far the next panel is
   int64_t a;
   const uint32_t* b;
   int64_t panel_stride, ldb, words;
 };
 // The passes over k of a product with one B, or with several below one another.
+template <class T>
 class Passes {
+  static constexpr int64_t kLength = kPass<Operand<T>::pairs>;
+
  public:
   void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
-    for (int64_t k = 0; k < words; k += kPass)
-      passes_[count_++] = {start_ + k, b + k * ldb, panel_stride, ldb, std::min(kPass, words - k)};
+    for (int64_t k = 0; k < words; k += kLength)
+      passes_[count_++] = {start_ + k, b + k * ldb, panel_stride, ldb, std::min(kLength, words - k)};
     start_ += (words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
   }
   int count() const { return count_; }
@@ -165,16 +188,22 @@ class Passes {
   int64_t start_ = 0;
 };
 template <class T>
-FA_INLINE Passes passes_of(const Packed& p) {
-  Passes list;
+FA_INLINE Passes<T> passes_of(const Packed& p) {
+  Passes<T> list;
   int64_t kw = words_of<T>(p.k);
   list.add(p.words, kw * 32, 32, kw);
   return list;
 }
 
+// Asks for share `part` of `parts` of `bytes` from p on into the second-level cache; null asks for nothing.
+FA_INLINE void prefetch_share(const void* p, int64_t bytes, int64_t part, int64_t parts) {
+  if (p == nullptr) return;
+  for (int64_t i = bytes * part / parts / 64 * 64; i < bytes * (part + 1) / parts; i += 64)
+    __builtin_prefetch((const char*)p + i, 0, 2);
+}
 // For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
 template <class T, class Epilogue>
-FA_INLINE void product(const ABlock& a, int64_t rows, const Passes& k, int64_t first, int64_t last, float* c,
+FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
                        Epilogue&& epilogue) {
   using Tl = Tiles<T>;
   [[maybe_unused]] typename Tl::Session session{};
@@ -183,14 +212,42 @@ FA_INLINE void product(const ABlock& a, int64_t rows, const Passes& k, int64_t f
     for (int i_pass = 0; i_pass < k.count(); ++i_pass) {
       const Pass& pass = k[i_pass];
       const uint32_t* b = pass.b + panel * pass.panel_stride;
+      // While this piece of B is multiplied, memory brings the one that follows it.
+      const bool more = i_pass + 1 < k.count();
+      const Pass& next_pass = k[more ? i_pass + 1 : 0];
+      const uint32_t* next = next_pass.b + (more ? panel : std::min(panel + 1, last - 1)) * next_pass.panel_stride;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
         float* tile = c + i * Tl::max_rows * 32;
-        Tl::run((int)n, a.row(m, pass.a), b, pass.ldb, pass.words, tile, i_pass > 0);
+        if (next_pass.ldb == 32) prefetch_share(next, next_pass.words * 128, i, blocks);
+        Tl::run((int)n, a.row(m, pass.a), b, pass.ldb, pass.words, tile, 32, i_pass > 0);
         if (i_pass + 1 == k.count()) epilogue(panel, m, n, tile);
       }
     }
   }
+}
+// The product into out [rows][ldo], which has room for 32 more rows and for whole panels.
+template <class T, class Before>
+FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t panels, float* c, float* out,
+                            int64_t ldo, Before&& before_panel) {
+  using Tl = Tiles<T>;
+  if (k.count() == 1) {  // a tile may write rows past its own: the next one, made later, puts them right
+    [[maybe_unused]] typename Tl::Session session{};
+    const int64_t blocks = (rows + Tl::max_rows - 1) / Tl::max_rows;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      before_panel(panel);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
+        Tl::run((int)n, a.row(m, 0), k[0].b + panel * k[0].panel_stride, k[0].ldb, k[0].words,
+                out + m * ldo + panel * 32, ldo, false);
+      }
+    }
+    return;
+  }
+  product<T>(a, rows, k, 0, panels, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    for (int64_t r = 0; r < mr; ++r)
+      for (int v = 0; v < kNV; ++v) store(out + (m + r) * ldo + panel * 32 + v * W, load(tile + r * 32 + v * W));
+  });
 }
 // Floats of scratch for c.
 FA_INLINE int64_t tile_scratch(int64_t rows) { return (padded_rows(rows) + 32) * 32; }

@@ -34,11 +34,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   const int64_t kw = words_of<T>(p.k);
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows, kw)), padded_rows(rows)};
   float* c = s.get<float>(1, tile_scratch(rows));
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* x = (const T*)p.x + (r0 + r) * p.k;
-    for (int64_t i = 0; i < p.k; i += W) put<T>(a, r, i, load_n(x + i, p.k - i), p.k - i);
-    pad_row<T>(a, r, p.k);
-  }
+  for (int64_t r = 0; r < rows; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
   const int64_t keep_stride = (p.n + 63) / 64 * 64;
   int8_t* keep = nullptr;
   if (p.drop.on) {
@@ -54,17 +50,24 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         const int64_t local = panel * 32 + v * W, valid = n - local, col = offset + local;
         if (valid <= 0) break;
         const F bias = p.bias ? load_n(p.bias + col, valid) : F{};
+        const float* from = tile + v * W;
+        T* y = (T*)p.y + (r0 + m) * p.n + col;
+        T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
+        if (valid >= W && !keep && !z) {  // the common case apart: nothing but arithmetic in its loop
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < mr; ++r) store(y + r * p.n, act<A>(load(from + r * 32) + bias));
+          continue;
+        }
         for (int64_t r = 0; r < mr; ++r) {
-          const int64_t at = (r0 + m + r) * p.n + col;
-          F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
-          if (p.z) store_n((T*)p.z + at, z, valid);
-          F y = act<A>(z);
+          const F before = rounded<T>(load(from + r * 32) + bias);
+          if (z) store_n(z + r * p.n, before, valid);
+          F after = act<A>(before);
           if (keep) {
             int8_t lanes[W];  // several weights may start inside a block of 64
             std::memcpy(lanes, keep + (m + r) * keep_stride + col, (size_t)std::min<int64_t>(W, valid));
-            y = dropped(rounded<T>(y), lanes, p.drop.keep_scale);
+            after = dropped(rounded<T>(after), lanes, p.drop.keep_scale);
           }
-          store_n((T*)p.y + at, y, valid);
+          store_n(y + r * p.n, after, valid);
         }
       }
     });
@@ -107,7 +110,7 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     }
   }
   if (!p.dx) return;
-  Passes passes;
+  Passes<T> passes;
   for (int w = 0; w < p.count; ++w) {
     const int64_t words = words_of<T>(p.weights[w].k);
     passes.add(p.weights[w].words, words * 32, 32, words);

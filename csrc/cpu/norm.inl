@@ -3,45 +3,64 @@
 struct Moments {
   float mean, rstd;
 };
-// Two passes, because E[s^2] - E[s]^2 cancels.
-FA_INLINE Moments moments(const float* s, int64_t n, float eps) {
-  F total = F{}, squares = F{};
-  for (int64_t i = 0; i < n; i += W) total = total + load_n(s + i, n - i);
-  const float mean = sum(total) / (float)n;
-  for (int64_t i = 0; i < n; i += W) {
-    F d = load_n(s + i, n - i) - mean;
-    if (n - i < W)
-      for (int64_t l = n - i; l < W; ++l) d[l] = 0.0f;
-    squares = squares + d * d;
+// fn(i) for every vector start below n, four at a time so that sums have four chains; fn gets its chain too.
+template <class Fn>
+FA_INLINE void four_chains(int64_t n, Fn&& fn) {
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    fn(i, 0);
+    fn(i + W, 1);
+    fn(i + 2 * W, 2);
+    fn(i + 3 * W, 3);
   }
-  return {mean, 1.0f / std::sqrt(sum(squares) / (float)n + eps)};
+  for (; i < n; i += W) fn(i, 0);
+}
+FA_INLINE float sum4(const F* t) { return sum((t[0] + t[1]) + (t[2] + t[3])); }
+
+FA_INLINE F tail_zeroed(F v, int64_t valid) {
+  if (valid < W)
+    for (int64_t l = valid; l < W; ++l) v[l] = 0.0f;
+  return v;
+}
+// The second of two passes, because E[s^2] - E[s]^2 cancels.
+FA_INLINE float reciprocal_deviation(const float* s, int64_t n, float mean, float eps) {
+  F squares[4] = {};
+  four_chains(n, [&](int64_t i, int chain) {
+    const F d = tail_zeroed(load_n(s + i, n - i) - mean, n - i);
+    squares[chain] = squares[chain] + d * d;
+  });
+  return 1.0f / std::sqrt(sum4(squares) / (float)n + eps);
 }
 template <class T>
-FA_INLINE void normalise(const float* s, int64_t n, const float* weight, const float* bias, float eps, T* y) {
-  const Moments m = moments(s, n, eps);
+FA_INLINE void normalise(const float* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
+  const float rstd = reciprocal_deviation(s, n, mean, eps);
   for (int64_t i = 0; i < n; i += W)
-    store_n(y + i, (load_n(s + i, n - i) - m.mean) * m.rstd * load_n(weight + i, n - i) + load_n(bias + i, n - i), n - i);
+    store_n(y + i, (load_n(s + i, n - i) - mean) * rstd * load_n(weight + i, n - i) + load_n(bias + i, n - i), n - i);
 }
 // ds of y = LN(s), into ds; adds this row's shares to dweight and dbias (both or neither).
 template <class T>
 FA_INLINE void norm_backward_row(const T* dy, const T* s_row, float* s, int64_t n, const float* weight, float eps,
                                  float* ds, float* dweight, float* dbias) {
-  for (int64_t i = 0; i < n; i += W) store_n(s + i, load_n(s_row + i, n - i), n - i);
-  const Moments m = moments(s, n, eps);
-  F sum_d = F{}, sum_dx = F{};
-  for (int64_t i = 0; i < n; i += W) {
-    const F x = (load_n(s + i, n - i) - m.mean) * m.rstd, g = load_n(dy + i, n - i), d = g * load_n(weight + i, n - i);
-    sum_d = sum_d + d;  // lanes past n hold zeros in g
-    sum_dx = sum_dx + d * x;
+  F total[4] = {}, sum_d[4] = {}, sum_dx[4] = {};
+  four_chains(n, [&](int64_t i, int chain) {
+    const F v = load_n(s_row + i, n - i);
+    total[chain] = total[chain] + v;
+    store_n(s + i, v, n - i);
+  });
+  const float mean = sum4(total) / (float)n, rstd = reciprocal_deviation(s, n, mean, eps);
+  four_chains(n, [&](int64_t i, int chain) {
+    const F x = (load_n(s + i, n - i) - mean) * rstd, g = load_n(dy + i, n - i), d = g * load_n(weight + i, n - i);
+    sum_d[chain] = sum_d[chain] + d;  // lanes past n hold zeros in g
+    sum_dx[chain] = sum_dx[chain] + d * x;
     if (dweight) {
       store_n(dweight + i, load_n(dweight + i, n - i) + g * x, n - i);
       store_n(dbias + i, load_n(dbias + i, n - i) + g, n - i);
     }
-  }
-  const float mean_d = sum(sum_d) / (float)n, mean_dx = sum(sum_dx) / (float)n;
+  });
+  const float mean_d = sum4(sum_d) / (float)n, mean_dx = sum4(sum_dx) / (float)n;
   for (int64_t i = 0; i < n; i += W) {
-    const F x = (load_n(s + i, n - i) - m.mean) * m.rstd, d = load_n(dy + i, n - i) * load_n(weight + i, n - i);
-    store_n(ds + i, (d - mean_d - x * mean_dx) * m.rstd, n - i);
+    const F x = (load_n(s + i, n - i) - mean) * rstd, d = load_n(dy + i, n - i) * load_n(weight + i, n - i);
+    store_n(ds + i, (d - mean_d - x * mean_dx) * rstd, n - i);
   }
 }
 
@@ -53,15 +72,17 @@ void add_norm_forward_typed(const AddNormForward& p, Parallel parallel) {
     int8_t* keep = scratch().get<int8_t>(1, h + 64);
     for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
       if (p.drop.on) keep_row(r, h, p.drop, keep);
-      for (int64_t i = 0; i < h; i += W) {
+      F total[4] = {};
+      four_chains(h, [&](int64_t i, int chain) {
         F v = load_n((const T*)p.x + r * h + i, h - i);
         if (p.drop.on) v = dropped(v, keep + i, p.drop.keep_scale);
         if (p.residual) v = v + load_n((const T*)p.residual + r * h + i, h - i);
         v = rounded<T>(v);
+        total[chain] = total[chain] + v;
         store_n(sums + i, v, h - i);
         if (p.s) store_n((T*)p.s + r * h + i, v, h - i);
-      }
-      normalise(sums, h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
+      });
+      normalise(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
     }
   });
 }

@@ -27,7 +27,11 @@ FA_INLINE U round_bf16_bits(F v) {
   return (v == v) ? rounded : ((u >> 16) | 0x40u);
 }
 FA_INLINE void store(bf16* p, F v) {
+#if FA_BF16 == 1 || FA_BF16 == 2
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // to nearest even as well; denormals become zero
+#else
   U16 h = __builtin_convertvector(round_bf16_bits(v), U16);
+#endif
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -50,7 +54,13 @@ FA_INLINE void store_n(T* p, F v, int64_t n) {
 // What a value becomes when it is stored as T and read again.
 template <class T> FA_INLINE F rounded(F v);
 template <> FA_INLINE F rounded<float>(F v) { return v; }
-template <> FA_INLINE F rounded<bf16>(F v) { return (F)(round_bf16_bits(v) << 16); }
+template <> FA_INLINE F rounded<bf16>(F v) {
+#if FA_BF16 == 1 || FA_BF16 == 2
+  return (F)(__builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)v), U) << 16);
+#else
+  return (F)(round_bf16_bits(v) << 16);
+#endif
+}
 
 FA_INLINE float sum(F v) {
   float lanes[W];
@@ -90,8 +100,7 @@ FA_INLINE F exp(F x) {
 // with Lawson's reweighting; csrc/cpu/fit_erf.py makes the coefficients.
 FA_INLINE F erf_sqrt2(F x) {
   constexpr float kLimit = 5.54f;
-  F t = min(max(x, set1(-kLimit)), set1(kLimit));
-  F u = t * t * (2.0f / (kLimit * kLimit)) - 1.0f;
+  F u = min(x * x * (2.0f / (kLimit * kLimit)) - 1.0f, set1(1.0f));
   constexpr float c[] = {0.255250349f,   -0.127439589f,   0.0948682597f,  -0.0772340922f,  0.0640717017f,   -0.0523253577f,
                          0.0412291817f,  -0.030625384f,   0.0210062524f,  -0.0141808088f,  0.00989224756f,  -0.00523727911f,
                          0.00143398542f, -0.00109077882f, 0.0014429796f,  -0.000556261614f};
@@ -99,8 +108,7 @@ FA_INLINE F erf_sqrt2(F x) {
   F q = set1(c[n - 1]);
 #pragma GCC unroll 16
   for (int i = n - 2; i >= 0; --i) q = q * u + c[i];
-  F y = min(max(q * t, set1(-1.0f)), set1(1.0f));
-  return (x == x) ? y : x;
+  return min(max(q * x, set1(-1.0f)), set1(1.0f));  // a NaN becomes -1: whoever calls multiplies by x
 }
 
 FA_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exp(-x)); }

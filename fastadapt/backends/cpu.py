@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastadapt.ops.schemas  # noqa: F401  (defines the ops that the library implements)
 
@@ -25,6 +26,7 @@ if os.environ.get("FASTADAPT_CPU"):
 
 _MAX_ATTENTION_LENGTH = 768
 _MAX_HEAD_DIM = 256
+_MAX_FEATURES = 16384
 
 bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
 bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default
@@ -42,6 +44,8 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return f"the tensors are on {device_type}, not on the CPU"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype} (float32 and bfloat16 are served)"
+    if facts.get("features", facts.get("hidden", 0)) > _MAX_FEATURES:
+        return f"{facts.get('features', facts.get('hidden'))} features (up to {_MAX_FEATURES} are served)"
     if op.startswith("attention"):
         if facts.get("length", 0) > _MAX_ATTENTION_LENGTH:
             return f"sequence of {facts['length']} (up to {_MAX_ATTENTION_LENGTH} are served)"
@@ -70,6 +74,15 @@ def capability(name: str | None = None) -> Iterator[str]:
 def forget(tensors: list[torch.Tensor]) -> int:
     """Drop the packed copies of these tensors; returns how many there were."""
     return torch.ops.fastadapt_cpu.forget(tensors)
+
+
+@torch.compiler.disable
+def _forget_what_stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # Fused optimizers (the default of Hugging Face's Trainer) write parameters without moving their version counters.
+    forget([p for group in optimizer.param_groups for p in group["params"] if p.device.type == "cpu"])
+
+
+register_optimizer_step_post_hook(_forget_what_stepped)
 
 
 def release() -> int:

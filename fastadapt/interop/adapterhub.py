@@ -245,16 +245,11 @@ def save(model: nn.Module, wiring: Wiring, adaptation: Adaptation, folder: Path,
     head = adaptation.own_head()
     foreign_head = head is not None and not _head_fits(model, wiring, adaptation)
     if head is not None and not foreign_head:
-        labels = model.config.label2id
-        if adaptation.num_labels is not None and adaptation.num_labels != len(labels):
-            labels = {f"LABEL_{i}": i for i in range(adaptation.num_labels)}
-        files[HEAD_CONFIG] = {
-            **meta,
-            "name": None,
-            "config": None,
-            "num_labels": len(labels) if adaptation.num_labels is None else adaptation.num_labels,
-            "label2id": labels,
-        }
+        labels = adaptation.label2id or model.config.label2id
+        count = len(labels) if adaptation.num_labels is None else adaptation.num_labels
+        if count != len(labels):
+            labels = {f"LABEL_{i}": i for i in range(count)}
+        files[HEAD_CONFIG] = {**meta, "name": None, "config": None, "num_labels": count, "label2id": labels}
         files[HEAD_WEIGHTS] = dict(_head_parameters(model, wiring, head))
     if foreign_head:
         warnings.warn(
@@ -387,6 +382,7 @@ class Folder:
         self._nothing_left(own)
 
         if self.head_weights is not None:
+            adaptation.label2id = self.head_config.get("label2id")
             pending += self._head(model, wiring, adaptation.own_head())
         with torch.no_grad():
             for parameter, tensor in pending:

@@ -44,6 +44,10 @@ class ElectraDiscriminatorSlot(HeadSlot, hf.ElectraDiscriminatorPredictions):
     """Slot of the discriminator's head."""
 
 
+class ElectraSummarySlot(HeadSlot, hf.ElectraSequenceSummary):
+    """Slot of the first half of the multiple-choice head; the second is a linear layer."""
+
+
 class ElectraGeneratorSlot(HeadSlot, hf.ElectraGeneratorPredictions):
     """Slot of the first half of the masked-language-model head; the second is a linear layer."""
 
@@ -63,7 +67,15 @@ WIRING = Wiring(
         hf.ElectraClassificationHead: ElectraClassificationSlot,
         hf.ElectraDiscriminatorPredictions: ElectraDiscriminatorSlot,
         hf.ElectraGeneratorPredictions: ElectraGeneratorSlot,
+        hf.ElectraSequenceSummary: ElectraSummarySlot,
     },
-    slots=("classifier", "qa_outputs", "discriminator_predictions", "generator_predictions", "generator_lm_head"),
+    slots=(
+        "sequence_summary",
+        "classifier",
+        "qa_outputs",
+        "discriminator_predictions",
+        "generator_predictions",
+        "generator_lm_head",
+    ),
     hub_name="electra",
 )

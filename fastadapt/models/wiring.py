@@ -13,7 +13,8 @@ from operator import attrgetter
 from torch import nn
 from transformers import activations
 
-from fastadapt.modules.sublayers import FusedOutput, FusedSublayer, name_activation
+from fastadapt.modules.state import CONTAINER
+from fastadapt.modules.sublayers import FusedOutput, name_activation
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -112,11 +113,12 @@ class Wiring:
             return {}
         return {name: model._modules[name] for name in self.slots if model._modules.get(name) is not None}
 
-    def is_fused(self, base: nn.Module) -> bool:
-        return any(isinstance(module, FusedSublayer) for _, module in self.sublayers(base))
+    def is_adapted(self, base: nn.Module) -> bool:
+        """Whether some model's container rules over these sublayers."""
+        return getattr(attrgetter(self.embeddings)(base), "adapted", None) is not None
 
     def unwired(self, model: nn.Module) -> list[str]:
-        """Paths at which an adaptation needs a fused class, but the module there is of a class without one."""
+        """What an adaptation would need to run in but can't: outputs and parts of the head of unknown classes."""
         base = self.base_of(model)
         needed = {f"{self.layers}.{i}.{p}" for i in range(len(self.layers_of(base)))
                   for p in (self.attention_output, self.output)}  # fmt: skip
@@ -125,9 +127,10 @@ class Wiring:
             for path, m in self.sublayers(base)
             if path in needed and type(m) not in self.fused and not isinstance(m, FusedOutput)
         ]
+        known = {id(base)}
+        known |= {id(m) for m in self.slots_of(model).values() if type(m) in self.heads or type(m) in self.original}
         return missing + [
             f"{name} ({type(m).__name__})"
-            for name, m in self.slots_of(model).items()
-            if type(m) not in self.heads and type(m) not in self.original
+            for name, m in (() if model is base else model.named_children())
+            if id(m) not in known and name != CONTAINER and any(True for _ in m.parameters())
         ]
-

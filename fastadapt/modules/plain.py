@@ -12,11 +12,13 @@ def replaced(module: nn.Module, kind: type[nn.Module]) -> str | None:
     reading the parameters would leave out.
     """
     if type(module) is not kind:
-        return f"{type(module).__name__} stands in place of {kind.__name__}"
+        found = type(module)
+        name = f"{found.__module__}.{found.__name__}" if found.__name__ == kind.__name__ else found.__name__
+        return f"{name} stands in place of {kind.__name__}"
     if "forward" in module.__dict__:
         return f"the forward of its {kind.__name__} is patched"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"its {kind.__name__} has hooks"
-    if kind is nn.LayerNorm and (module.bias is None or len(module.normalized_shape) != 1):
+    if kind is nn.LayerNorm and (module._parameters["bias"] is None or len(module.normalized_shape) != 1):
         return "its LayerNorm has no bias, or spans several dimensions"
     return None

@@ -43,6 +43,7 @@ class Adaptation(Branch):
         self.trainable = trainable
         self.num_labels = num_labels
         self.problem_type = problem_type
+        self.label2id: dict[str, int] | None = None  # the labels' names, where a file gave them
         for path, site in sites.items():
             attach(self, path, site)
         if head is not None:
@@ -76,7 +77,10 @@ class Adaptations(nn.Module):
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
 
-    # Children go into _modules directly: add_module would refuse a task called "training" or "forward".
+    # Children go into _modules directly, and attributes past them: a task may be called "training" or "active".
+    def __setattr__(self, key: str, value: Any) -> None:
+        object.__setattr__(self, key, value)
+
     def add(self, name: str, adaptation: Adaptation) -> None:
         self._modules[name] = adaptation
 

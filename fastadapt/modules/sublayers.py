@@ -40,8 +40,10 @@ def activation_name(function: Any) -> str | None:
 
 
 def _trains(*linears: nn.Linear) -> str | None:
-    if torch.is_grad_enabled() and any(m.weight.requires_grad for m in linears):
-        return "its weight requires a gradient"
+    if torch.is_grad_enabled():
+        for m in linears:
+            if m.weight.requires_grad:
+                return "its weight requires a gradient"
     return None
 
 
@@ -67,23 +69,28 @@ class FusedSublayer:
 class FusedSelfAttention(FusedSublayer):
     """Query, key and value as one product, then attention without a probability matrix in memory."""
 
+    # What some versions of the original class set on the instance, and others have no need of.
+    config: Any = None
+    is_causal: bool = False
+    scaling: float | None = None
+    position_embedding_type: str = "absolute"
+
     # Keyword arguments of the original forward that change nothing about what is computed here.
     _passive = frozenset(
         {"position_ids", "cache_position", "output_hidden_states", "return_dict", "num_items_in_batch"}
     )
 
     def refusal(self) -> str | None:
-        linears = (self.query, self.key, self.value)
-        for m in linears:
-            if reason := replaced(m, nn.Linear):
-                return reason
-        if reason := replaced(self.dropout, nn.Dropout) or _trains(*linears):
+        children = self._modules  # read directly: these lines run in every forward
+        q, k, v = children["query"], children["key"], children["value"]
+        reason = replaced(q, nn.Linear) or replaced(k, nn.Linear) or replaced(v, nn.Linear)
+        if reason := reason or replaced(children["dropout"], nn.Dropout) or _trains(q, k, v):
             return reason
-        if getattr(self, "position_embedding_type", "absolute") != "absolute":
+        if self.position_embedding_type != "absolute":
             return f"position embeddings are {self.position_embedding_type}"
-        if self.is_decoder or getattr(self, "is_causal", False):
+        if self.is_decoder or self.is_causal:
             return "the model is a decoder"
-        config = getattr(self, "config", None)
+        config = self.config
         if config is not None:
             if config._attn_implementation not in ("sdpa", "eager"):
                 return f"the attention implementation is {config._attn_implementation}"
@@ -108,8 +115,7 @@ class FusedSelfAttention(FusedSublayer):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         q, k, v = self.query, self.key, self.value
         qkv = ops.linear(hidden_states, [q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias])
-        p, scale = _dropout(self.dropout), getattr(self, "scaling", None)
-        heads = self.num_attention_heads
+        p, scale, heads = _dropout(self.dropout), self.scaling, self.num_attention_heads
         if qkv.device.type == "cpu":
             return ops.attention(qkv, heads, mask=attention_mask, scale=scale, dropout_p=p), None
         batch, length, _ = qkv.shape
@@ -124,7 +130,8 @@ class FusedIntermediate(FusedSublayer):
     """The feed-forward network's first product with its activation."""
 
     def refusal(self) -> str | None:
-        if reason := replaced(self.dense, nn.Linear) or _trains(self.dense):
+        dense = self._modules["dense"]
+        if reason := replaced(dense, nn.Linear) or _trains(dense):
             return reason
         if activation_name(self.intermediate_act_fn) is None:
             return f"no op has the activation {self.intermediate_act_fn!r}"
@@ -136,8 +143,8 @@ class FusedIntermediate(FusedSublayer):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.refusal() is not None:
             return super().forward(hidden_states)
-        activation = activation_name(self.intermediate_act_fn)
-        return ops.linear(hidden_states, self.dense.weight, self.dense.bias, activation=activation)
+        dense, activation = self.dense, activation_name(self.intermediate_act_fn)
+        return ops.linear(hidden_states, dense.weight, dense.bias, activation=activation)
 
 
 class FusedOutput(FusedSublayer):
@@ -158,14 +165,16 @@ class FusedOutput(FusedSublayer):
         return [*product, ("bottleneck", {"hidden": hidden, "bottleneck": site.down.out_features})]
 
     def _dense_refusal(self) -> str | None:
-        return replaced(self.dense, nn.Linear) or replaced(self.dropout, nn.Dropout) or _trains(self.dense)
+        dense, dropout = self._modules["dense"], self._modules["dropout"]
+        return replaced(dense, nn.Linear) or replaced(dropout, nn.Dropout) or _trains(dense)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         site = self.active_site
         if site is None and self.refusal() is not None:
             return super().forward(hidden_states, input_tensor)
         if self._dense_refusal() is None:
-            f = ops.linear(hidden_states, self.dense.weight, self.dense.bias, dropout_p=_dropout(self.dropout))
+            dense = self.dense
+            f = ops.linear(hidden_states, dense.weight, dense.bias, dropout_p=_dropout(self.dropout))
         else:
             f = self.dropout(self.dense(hidden_states))
         norm = self.LayerNorm if site is None or site.LayerNorm is None else site.LayerNorm
@@ -182,7 +191,7 @@ class FusedEmbeddings(FusedSublayer):
     """
 
     first_layer: nn.Module | None = None
-    adapted: bool = False
+    adapted: bool | None = None  # None: no adaptation was ever put here; False: none is active
 
     def refusal(self) -> str | None:
         return None
