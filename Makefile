@@ -52,7 +52,7 @@ endef
 # -- the main job ---------------------------------------------------------------------------------------------------
 
 bench: .venv-bench/stamp-$(TORCH)
-	$(FASTADAPT) bench latency $(CONDITIONS) --batch 1 8 --dtype fp32 bf16 --budget 8 \
+	$(FASTADAPT) bench latency $(CONDITIONS) --batch 1 8 --dtype fp32 bf16 --budget 6 \
 	  --json $(RESULTS)/quick-latency.json --plot $(RESULTS)/quick-latency.png
 	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 --dtype bf16 --budget 10 \
 	  --json $(RESULTS)/quick-train.json --plot $(RESULTS)/quick-train.png

@@ -219,6 +219,15 @@ def test_real_weights_read_real_text_without_padding():
         Setup(Case(model=case.model, layers=7))
 
 
+def test_an_architecture_without_wiring_is_refused(tmp_path):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(vocab_size=32, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=16)
+    DistilBertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--model: .*DistilBert"):
+        Setup(Case(model=str(tmp_path), seq=4))
+
+
 def test_the_built_in_text_is_plain_sentences():
     assert len(text.SENTENCES) >= 100
     assert len(set(text.SENTENCES)) == len(text.SENTENCES)
