@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,10 +25,21 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 REPORT = "build_report.json"
 
-CPU_SOURCES: list[str] = []
+CPU_SOURCES: list[str] = [
+    "csrc/binding.cpp",
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/pack_cache.cpp",
+    "csrc/cpu/pool.cpp",
+    "csrc/cpu/isa_portable.cpp",
+    "csrc/cpu/isa_avx2.cpp",
+    "csrc/cpu/isa_avx512.cpp",
+    "csrc/cpu/isa_avx512_bf16.cpp",
+    "csrc/cpu/isa_amx.cpp",
+    "csrc/cpu/isa_amx_emulated.cpp",
+]
 CUDA_SOURCES: list[str] = []
 
-CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-g0"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--use_fast_math", "-lineinfo"]
 
 # What the errors below tell the reader to do about it.
@@ -63,17 +77,17 @@ def obstacle() -> str | None:
     return None
 
 
-def write_report(folder: Path, outcome: str) -> None:
+def write_report(folder: Path, outcome: str, key: str = "") -> None:
     """{"kernels": "compiled", or why not}, for `fastadapt info`; no library of an earlier build outlives a refusal."""
     folder.mkdir(parents=True, exist_ok=True)
     if outcome != "compiled":
         for stale in folder.glob("_C*.so"):
             stale.unlink()
-    (folder / REPORT).write_text(json.dumps({"kernels": outcome}) + "\n")
+    (folder / REPORT).write_text(json.dumps({"kernels": outcome, "key": key}) + "\n")
 
 
-class BuildReport(build_py):
-    """Writes how the kernels came out beside the Python files."""
+class PurePython(build_py):
+    """Writes beside the Python files why there are no kernels."""
 
     outcome: str = ""
 
@@ -114,6 +128,28 @@ def last_lines(count: int) -> Iterator[collections.deque[str]]:
             os.close(saved)
 
 
+def build_key() -> str:
+    """Of everything that the compiled library depends on: sources, flags, torch, compiler, machine."""
+    import torch
+
+    version = subprocess.run([compiler() or "c++", "--version"], capture_output=True, text=True).stdout
+    variables = [os.environ.get(name) for name in ("CXX", "CFLAGS", "CXXFLAGS")]
+    machine = (torch.__version__, version, platform.machine())
+    settings = (CPU_SOURCES, CUDA_SOURCES, CPU_FLAGS, CUDA_FLAGS, variables, machine)
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def up_to_date(key: str) -> bool:
+    """Whether the source tree holds the library that this build would make."""
+    report = ROOT / "fastadapt" / REPORT
+    if not report.is_file() or not (ROOT / "fastadapt" / "_C.so").is_file():
+        return False
+    return json.loads(report.read_text()) == {"kernels": "compiled", "key": key}
+
+
 def say(message: str) -> None:
     print(f"fastadapt: {message}", file=sys.stderr, flush=True)
 
@@ -130,7 +166,11 @@ def extension_commands() -> tuple[list, dict]:
             super().__init__(*args, no_python_abi_suffix=True, use_ninja=shutil.which("ninja") is not None, **kwargs)
 
         def run(self) -> None:
-            outcome, in_place = "compiled", bool(self.inplace or self.editable_mode)
+            outcome, in_place, key = "compiled", bool(self.inplace or self.editable_mode), build_key()
+            if in_place and up_to_date(key):
+                self.extensions = []
+                say("the C++ kernels in the source tree are up to date")
+                return
             with last_lines(12) as printed:
                 try:
                     super().run()
@@ -146,7 +186,7 @@ def extension_commands() -> tuple[list, dict]:
                 for line in printed:
                     print(f"    {line}", file=sys.stderr)
                 say(REMEDY)
-            write_report(ROOT / "fastadapt" if in_place else Path(self.build_lib) / "fastadapt", outcome)
+            write_report(ROOT / "fastadapt" if in_place else Path(self.build_lib) / "fastadapt", outcome, key)
 
     with_cuda = bool(CUDA_SOURCES and torch.version.cuda and CUDA_HOME)
     flags = {"cxx": CPU_FLAGS + (["-DFASTADAPT_CUDA"] if with_cuda else [])}
@@ -165,15 +205,14 @@ def main() -> None:
     reason = obstacle()
     if reason is None:
         extensions, commands = extension_commands()
-        BuildReport.outcome = "compiled"
     else:
         if wanted() == "1":
             raise SystemExit(f"fastadapt: FASTADAPT_BUILD=1, but the C++ kernels cannot be built: {reason}")
-        extensions, commands = [], {}
-        BuildReport.outcome = f"not compiled: {reason}"
+        extensions, commands = [], {"build_py": PurePython}
+        PurePython.outcome = f"not compiled: {reason}"
         if {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
             say(f"installing pure Python, without C++ kernels: {reason}. {REMEDY}")
-    setup(ext_modules=extensions, cmdclass={"build_py": BuildReport, **commands})
+    setup(ext_modules=extensions, cmdclass=commands)
 
 
 if __name__ == "__main__":

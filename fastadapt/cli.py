@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--bottleneck", type=_positive, default=64, metavar="B", help="(default: 64)")
     explain.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="(default: fp32)")
     explain.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    explain.add_argument("--seq", type=_positive, default=128, metavar="N", help="tokens a row (default: 128)")
     explain.add_argument("--layers", type=_positive, metavar="N", help="the first N layers (default: all)")
     explain.set_defaults(run=_explain)
 
@@ -129,9 +131,9 @@ def _latency_parser(jobs: Any) -> None:
         "latency",
         help="a forward pass, with adapters and without",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Times a forward pass of the encoder. Stock Hugging Face (eager, SDPA, no adapters), fastadapt "
-        "without adapters\nand fastadapt with them always run; --peers chooses the others. Each output is checked "
-        "first; a wrong one is not timed.",
+        description="Times a forward pass of the encoder. Stock Hugging Face (eager, SDPA, no adapters), fastadapt\n"
+        "without adapters and fastadapt with them always run; --peers chooses the others. Each output is\n"
+        "checked first; a wrong one is not timed.",
         epilog="""examples:
   fastadapt bench latency --layers 4
   fastadapt bench latency --batch 1 --dtype bf16 --peers compile openvino
@@ -155,9 +157,9 @@ def _train_parser(jobs: Any) -> None:
         "train",
         help="a whole optimizer step, and the memory it keeps",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Times forward, backward and AdamW of a classifier with dropout 0.1; bf16 is autocast. Full "
-        "fine-tuning and\nfastadapt always run. Gradients are checked first, dropout off; a system with wrong ones "
-        "is not timed.",
+        description="Times forward, backward and AdamW of a classifier with dropout 0.1; bf16 is autocast. Full\n"
+        "fine-tuning and fastadapt always run. Gradients are checked first, dropout off; a system with wrong\n"
+        "ones is not timed.",
         epilog="""examples:
   fastadapt bench train --layers 4 --batch 32
   fastadapt bench train --method pfeiffer --dtype bf16 --json train.json""",
@@ -173,9 +175,9 @@ def _op_parser(jobs: Any) -> None:
         "op",
         help="the fused adapter + residual + LayerNorm against its floor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Times one op on batch × seq rows and gives it as a share of its floor: the larger of its "
-        "arithmetic at the rate\nof a dense H×H product and its bytes at the rate of a copy, measured in the same "
-        "rounds.",
+        description="Times one op on batch × seq rows and gives it as a share of its floor: the larger of its\n"
+        "arithmetic at the rate of the fastest dense H×H product here and its bytes at the rate of a copy,\n"
+        "measured in the same rounds.",
         epilog="example:\n  fastadapt bench op --batch 8 128 --dtype fp32",
     )
     parser.add_argument("--hidden", type=_positive, default=768, metavar="H", help="(768)")
@@ -198,13 +200,13 @@ def _explain(args: argparse.Namespace) -> None:
     from fastadapt.bench.peers.fused import CONFIGS
 
     _check_device(args.device)
-    case = Case(model=args.model, dtype=args.dtype, layers=args.layers, device=args.device)
+    case = Case(model=args.model, dtype=args.dtype, layers=args.layers, device=args.device, seq=args.seq)
     model = load_model(case, classifier=False)
     if args.method == "none":
         fa.accelerate(model)
     else:
         fa.adapt(model, CONFIGS[args.method](bottleneck=args.bottleneck))
-    print(fa.explain(model.to(case.device, case.torch_dtype)))
+    print(fa.explain(model.to(case.device, case.torch_dtype), length=args.seq))
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -273,7 +275,7 @@ def _bench(
     records = [row for case in cases for row in cell(case, progress)]
     print(rows(records))
     environment = report.environment(args.device)
-    document = {"environment": environment, "command": _command(), "records": records}
+    document = {"environment": environment, "command": args.command_line, "records": records}
     print(f"{environment['device']}, {environment['threads']} threads, torch {environment['versions']['torch']}")
     if args.json:
         print(f"records  {report.write_json(args.json, document)}")
@@ -313,10 +315,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if path is None:
             continue
         folder = Path(path).absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        if Path(path).is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
-            raise UserError(f"{option}: cannot write {path!r}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option}: cannot make the folder {str(folder)!r} ({error.strerror})") from error
+        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{option}: got {path!r}; accepted is a file that can be written")
 
 
 def _check_device(device: str) -> None:
@@ -326,13 +330,11 @@ def _check_device(device: str) -> None:
         raise UserError("--device: got 'cuda', but this torch sees no GPU; accepted here is cpu")
 
 
-def _command() -> str:
-    return " ".join(["fastadapt", *sys.argv[1:]])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(arguments)
+    args.command_line = shlex.join(["fastadapt", *arguments])
     debug = os.environ.get("FASTADAPT_DEBUG") == "1"
     if not debug:
         _quieten()

@@ -15,7 +15,7 @@ from fastadapt.bench import report
 # Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do.
 PROVEN = {
     "reference": "CPU, in every test; it is what the others are compared with",
-    "cpu": "x86-64 with AVX-512 and AMX; its AVX2 and portable paths by forcing them on that machine",
+    "cpu": "x86-64 with AVX-512 and AVX512-BF16; AVX2 and portable code forced there; AMX in an emulator",
     "triton": "the interpreter on a CPU, and compiled offline for sm_80 and sm_90",
     "cuda": "no CUDA C++ kernel exists yet",
 }
@@ -35,6 +35,8 @@ def backend_states() -> dict[str, str]:
     for name in dispatch.BACKENDS:
         loaded = dispatch.load(name)
         states[name] = "loads" if isinstance(loaded, ModuleType) else str(loaded)
+        if name == "cpu" and isinstance(loaded, ModuleType):
+            states[name] += f"; instruction sets here: {', '.join(loaded.capabilities())}"
     return states
 
 
@@ -44,9 +46,7 @@ def text() -> str:
     for name, version in report.versions().items():
         lines.append((name, version or "not installed"))
     lines.append(("C++ kernels", build_report()))
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    capability = torch.backends.cpu.get_cpu_capability()
-    lines.append(("CPU", f"{report.cpu_model()}, {os.cpu_count()} cores, {capability}{', AMX' if amx else ''}"))
+    lines.append(("CPU", f"{report.cpu_model()}, {os.cpu_count()} cores, {', '.join(report.cpu_extensions())}"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.bench.text import SENTENCES
+from fastadapt.models import wiring_of
 
 METHODS: tuple[str, ...] = ("houlsby", "pfeiffer", "parallel")
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +107,10 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         if case.seq > longest:
             raise UserError(f"--seq: got {case.seq}; {case.model} accepts at most {longest}")
         model = _from_pretrained(auto, case, config=config, attn_implementation="sdpa", dtype=torch.float32)
+    try:
+        wiring_of(model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model: {error}") from error
     return model.eval()
 
 

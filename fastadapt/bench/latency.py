@@ -51,7 +51,7 @@ def run_case(
             continue
         output = system.hidden(system.call())
         exact, yardstick = expected[peer.adapted]
-        verdict = verify.judge(verify.hidden_state_distance(output, exact), yardstick)
+        verdict = verify.judge(verify.hidden_state_distance(output, exact), yardstick, peer.factor)
         verdicts[peer.name] = verdict
         if verdict.correct:
             systems[peer.name] = system

@@ -20,14 +20,14 @@ COLOURS = {
     "adapterhub-compile": "#7d9bea",
     "openvino": "#5fa8a0",
     "onnxruntime": "#8ec7b5",
-    "gemm": "#c9cdd2",
-    "copy": "#dfe2e6",
+    "floor": "#2b8a3e",
 }
 TITLES = {
-    "latency": "Inference: time relative to stock BERT without adapters",
-    "train": "Training step: time relative to full fine-tuning",
-    "op": "Adapter + residual + LayerNorm: time relative to eager PyTorch",
+    "latency": "Inference: time ÷ stock BERT without adapters",
+    "train": "Training step: time ÷ full fine-tuning",
+    "op": "Adapter + residual + LayerNorm as one op: time ÷ eager PyTorch",
 }
+BASES = {"latency": "stock", "train": "full", "op": "eager"}
 
 
 def _size(row: report.Record) -> str:
@@ -48,7 +48,8 @@ def draw(records: Sequence[report.Record], path: str | Path, caption: str = "") 
     import matplotlib.pyplot as plt
 
     bench = records[0]["bench"]
-    drawn = [r for r in records if r["bench"] == bench and r["ratio_to_bare"] is not None]
+    hidden = ("gemm", "copy")  # the floor's two parts; the larger is drawn
+    drawn = [r for r in records if r["bench"] == bench and r["ratio_to_bare"] is not None and r["system"] not in hidden]
     if not drawn:
         raise UserError("nothing to plot: no record has a time")
     dtypes = list(dict.fromkeys(r["dtype"] for r in drawn))
@@ -70,23 +71,32 @@ def draw(records: Sequence[report.Record], path: str | Path, caption: str = "") 
             label = next(r["label"] for r in drawn if r["system"] == system)
             axis.bar(xs, heights, bar * 0.92, color=COLOURS.get(system, "#666666"), label=label)
             for x, height in zip(xs, heights, strict=True):
-                bold = "bold" if system == "fastadapt" else "normal"
                 axis.annotate(
-                    f"{height:.2f}", (x, height), (0, 2), textcoords="offset points", ha="center", va="bottom",
-                    fontsize=7.5, fontweight=bold, rotation=90 if len(systems) * groups > 12 else 0,
-                )  # fmt: skip
+                    f"{height:.2f}",
+                    (x, height),
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7.5,
+                    zorder=4,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+                    fontweight="bold" if system == "fastadapt" else "normal",
+                    rotation=90 if len(systems) * groups > 24 else 0,
+                )
         axis.axhline(1.0, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_title(dtype, fontsize=11)
         axis.set_ylim(0, highest * 1.16)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", length=0)
-    axes[0][0].set_ylabel("time ÷ base (lower is faster)")
+    axes[0][0].set_ylabel(f"time ÷ {BASES.get(bench, 'base')} (lower is faster)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.suptitle(TITLES.get(bench, bench), fontsize=12.5, y=0.985)
     rows = (len(labels) + 3) // 4
-    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9,
-                  bbox_to_anchor=(0.5, 0.045 if caption else 0.0))  # fmt: skip
+    place = (0.5, 0.045 if caption else 0.0)
+    columns = min(len(labels), 4)
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9, bbox_to_anchor=place)
     if caption:
         figure.text(0.5, 0.012, caption, ha="center", fontsize=8, color="#666666")
     figure.tight_layout(rect=(0, 0.045 * rows + (0.05 if caption else 0.015), 1, 0.985))
@@ -106,6 +116,8 @@ def caption(document: dict) -> str:
     e = document["environment"]
     first = document["records"][0]
     shape = f"{first['model']}, {first['layers'] or 'all'} layers, sequence {first['seq']}"
-    if first["bench"] != "op":
+    if first["bench"] == "op":
+        shape = f"H={first['hidden']}, b={first['rank_or_bottleneck']}"
+    else:
         shape += f", {first['method']} b={first['rank_or_bottleneck']}"
     return f"{shape} · {e['device']}, {e['threads']} threads · torch {e['versions']['torch']} · {e['date'][:10]}"

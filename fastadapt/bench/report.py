@@ -90,6 +90,15 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_extensions() -> list[str]:
+    """What decides about kernels here: those of AVX2, AVX-512, AVX512-BF16 and AMX that this processor has."""
+    query = getattr(torch.cpu, "get_capabilities", None)
+    if query is None:  # before torch 2.12
+        return [torch.backends.cpu.get_cpu_capability().lower()]
+    found = query()
+    return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
+
+
 def commit() -> str | None:
     """The source tree's commit, with ``-dirty`` where it has changes; None outside a checkout."""
     root = Path(fastadapt.__file__).resolve().parent.parent
@@ -107,7 +116,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "cpu": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_extensions": cpu_extensions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -47,7 +47,7 @@ def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdi
         own = system.gradients()
         expected = _required(exact, own)
         verdicts[peer.name] = verify.judge(
-            verify.gradient_distance(own, expected), verify.gradient_distance(eager, expected)
+            verify.gradient_distance(own, expected), verify.gradient_distance(eager, expected), peer.factor
         )
     return verdicts
 

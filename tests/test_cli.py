@@ -1,0 +1,150 @@
+"""The command line: what it prints, and that what it refuses is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastadapt import __version__
+from fastadapt.bench import latency, report
+from fastadapt.cli import main
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line that ``argv`` is refused with."""
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_info_names_versions_and_every_backend(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert __version__ in text and torch.__version__.split("+")[0] in text
+    for name in ("reference", "cpu", "triton", "cuda"):
+        assert f"backend {name}" in text
+
+
+def test_explain_lists_the_sublayers(capsys):
+    assert main(["explain", "bert-base", "--layers", "1", "--method", "pfeiffer"]) == 0
+    text = capsys.readouterr().out
+    assert "encoder.layer.0.output" in text and "bottleneck" in text
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["bench"], ["bench", "latency"], ["bench", "train"], ["bench", "op"], ["plot"]]
+)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: fastadapt" in text
+    if command not in ([], ["bench"]):
+        assert "example" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["bench", "latency", "--dtype", "fp8"], ["--dtype", "fp8", "fp32", "bf16"]),
+        (["bench", "latency", "--batch", "0"], ["--batch", "'0'", "at least 1"]),
+        (["bench", "latency", "--batch", "x"], ["--batch", "'x'"]),
+        (["bench", "latency", "--budget", "-1"], ["--budget", "'-1'"]),
+        (["bench", "latency", "--method", "lora"], ["--method", "lora", "houlsby"]),
+        (["bench", "latency", "--peers", "nobody"], ["--peers", "nobody", "adapterhub"]),
+        (["bench", "train", "--peers", "openvino"], ["--peers", "openvino", "adapterhub"]),
+        (["bench", "latency", "--peers", "--model", "/nowhere"], ["--model", "/nowhere"]),
+        (["bench", "latency", "--plot", "picture.gif"], ["--plot", ".gif", ".png"]),
+        (["bench", "op", "--json", "/dev/null/x.json"], ["--json", "/dev/null"]),
+        (["bench", "latency", "--layers", "1", "--peers", "--seq", "513", "--model", "tests"], ["--model", "tests"]),
+        (["plot", "/nowhere.json"], ["/nowhere.json", "cannot be read"]),
+        (["explain", "/nowhere"], ["--model", "/nowhere"]),
+        (["train"], ["invalid choice", "train"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, parts):
+    line = refused(capsys, *argv)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_refused(capsys):
+    assert "--device" in refused(capsys, "bench", "latency", "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", "{}", '{"records": []}', '{"records": [{"bench": "latency"}]}'], ids=str
+)
+def test_plot_refuses_what_is_no_result(tmp_path, capsys, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert str(path) in refused(capsys, "plot", str(path))
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch):
+    monkeypatch.setenv("FASTADAPT_DEBUG", "1")
+    with pytest.raises(Exception, match="cannot be read"):
+        main(["plot", "/nowhere.json"])
+
+
+def test_latency_end_to_end(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "deep" / "out.json", tmp_path / "out.png"
+    argv = ["bench", "latency", "--layers", "1", "--batch", "1", "2", "--seq", "8", "--dtype", "fp32", "--budget", "0"]
+    assert main([*argv, "--peers", "--threads", "1", "--json", str(path), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert "take turns" in shown.err
+    assert max(map(len, shown.out.splitlines()[:-3])) <= 100
+    document = json.loads(path.read_text())
+    records = document["records"]
+    assert [(r["system"], r["batch"]) for r in records] == [(s, b) for b in (1, 2) for s in latency.ALWAYS]
+    for row in records:
+        assert list(row)[: len(report.FIELDS)] == list(report.FIELDS)
+        assert row["correct"] and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["ratio_to_bare"] > 0 and row["peak_bytes"] > 0
+        assert len(row["samples_ms"]) >= 5
+    assert records[0]["ratio_to_bare"] == 1.0
+    assert {"device", "threads", "versions", "commit", "date"} <= set(document["environment"])
+    assert document["environment"]["threads"] == 1
+    assert document["command"].startswith("fastadapt bench latency --layers 1 --batch 1 2 ")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.svg"
+    assert main(["plot", str(path), "--out", str(again)]) == 0
+    assert "<svg" in again.read_text()
+
+
+def test_a_wrong_system_is_printed_as_wrong_and_never_timed(tmp_path, capsys, monkeypatch):
+    from fastadapt.bench.peers import Inference, fused
+
+    honest = fused.adapted
+
+    def wrong(setup):
+        system = honest(setup)
+
+        def call():
+            output = system.call().clone()
+            output[0, 0] *= 1.01  # one token, one per cent
+            return output
+
+        return Inference(call, system.hidden)
+
+    monkeypatch.setattr(fused, "adapted", wrong)
+    path = tmp_path / "out.json"
+    argv = ["bench", "latency", "--layers", "1", "--batch", "2", "--seq", "8", "--dtype", "fp32", "--budget", "0"]
+    assert main([*argv, "--peers", "--threads", "1", "--json", str(path)]) == 2
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.out.splitlines() if "houlsby" in line]
+    assert "WRONG" in line
+    row = next(r for r in json.loads(path.read_text())["records"] if r["system"] == "fastadapt")
+    assert row["correct"] is False
+    assert row["p50_ms"] is None and row["ratio_to_bare"] is None and row["samples_ms"] is None
