@@ -12,7 +12,7 @@ import fastadapt as fa
 from fastadapt import dispatch
 from fastadapt.ops import ACTIVATIONS, schemas
 from tests import ops_cases as cases
-from tests.ops_cases import case_id, laid_out, normal, stored
+from tests.ops_cases import case_id, laid_out, normal, stored, without
 
 RUNNERS = cases.runners()
 KERNELS = [r for r in RUNNERS if r.backend != "reference"]
@@ -29,6 +29,10 @@ def _need(runner, op, dtype, **facts):
 
 def _parameter_dtype(case):
     return torch.float32 if case["parameters"] == "float32" else case["dtype"]
+
+
+def _distinct(case):
+    return 1.0 / max(case["rows"], 1) if case["layout"] == "expanded" else 1.0
 
 
 # -- accuracy over the trap cases --------------------------------------------------------------------------------
@@ -56,14 +60,15 @@ def test_bottleneck(runner, case):
             inputs["scale"] = normal(width, std=0.2, mean=1.0, generator=generator)
         return inputs
 
-    def call(x, residual, scale=4.0 if case["scale"] == "float" else 1.0, **parameters):
-        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+    def call(x, residual, scale=4.0 if case["scale"] == "float" else 1.0, pad=0, **parameters):
+        x, residual = laid_out(x, rows, case["layout"], pad), laid_out(residual, rows, case["layout"], pad)
         options = {"activation": case["activation"], "skip": case["skip"], "dropout_p": case["p"], "seed": 11}
         # At p = 1 a LayerNorm without skip or residual would see constant rows, whose gradient is ill-conditioned.
         eps = 1e-12 if case["p"] < 1.0 or case["skip"] or residual is not None else 1e-2
-        return fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
+        y = fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
+        return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel
@@ -81,13 +86,13 @@ def test_add_norm(runner, case):
             "norm_bias": normal(hidden, std=0.2, generator=generator),
         }
 
-    def call(x, residual, **parameters):
-        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+    def call(x, residual, pad=0, **parameters):
+        x, residual = laid_out(x, rows, case["layout"], pad), laid_out(residual, rows, case["layout"], pad)
         eps = 1e-12 if case["p"] < 1.0 or residual is not None else 1e-2
         options = {"dropout_p": case["p"], "seed": 5, "eps": eps, "return_sum": case["return_sum"]}
-        return fa.ops.add_norm(x, residual, **parameters, **options)
+        return without(pad, fa.ops.add_norm(x, residual, **parameters, **options))
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel
@@ -104,15 +109,16 @@ def test_linear(runner, case):
         biases = {f"b{i}": normal(n, generator=generator) for i, n in enumerate(outputs) if biased[i]}
         return {"x": stored(rows, features, case["layout"], generator)} | biases
 
-    def call(x, **biases):
+    def call(x, pad=0, **biases):
         # Frozen weights: rounded as the parameters are, and float64 for the oracle.
         dtype = next((b.dtype for b in biases.values()), x.dtype)
         frozen = [w.to(_parameter_dtype(case)).to(dtype).to(x.device) for w in weights]
-        x = laid_out(x, rows, case["layout"])
+        x = laid_out(x, rows, case["layout"], pad)
         listed = [biases.get(f"b{i}") for i in range(len(outputs))]
-        return fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
+        y = fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
+        return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel

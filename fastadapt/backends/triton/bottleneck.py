@@ -61,8 +61,9 @@ def forward_kernel(
     # σ(0) may be more than 0: neurons that do not exist are cleared after it.
     a = rounded(tl.where(exists[None, :], activate(z.to(tl.float32), ACTIVATION), 0.0), dtype)
 
-    mean = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)  # Σ (s - mean)² of the columns so far
+    shift = tl.zeros((ROWS,), tl.float32)  # the first columns' mean; a large mean would lose its digits in the update
+    mean = tl.zeros((ROWS,), tl.float32)  # of s - shift, of the columns so far
+    squares = tl.zeros((ROWS,), tl.float32)  # Σ (s - shift - mean)²
     for start in range(0, H, COLS):
         col, col_inside = _columns(start, H, COLS)
         at = row[:, None] * H + col[None, :]
@@ -86,6 +87,9 @@ def forward_kernel(
             s = s.to(tl.float32)
             count = tl.minimum(H - start, COLS).to(tl.float32)
             share = count / (start + count)
+            if start == 0:
+                shift = tl.sum(tl.where(col_inside[None, :], s, 0.0), 1) / count
+            s -= shift[:, None]
             block_mean = tl.sum(tl.where(col_inside[None, :], s, 0.0), 1) / count
             centred = tl.where(col_inside[None, :], s - block_mean[:, None], 0.0)
             step = block_mean - mean
@@ -102,7 +106,7 @@ def forward_kernel(
             s = tl.load(s_out + at, mask=inside, other=0.0).to(tl.float32)
             gamma = tl.load(norm_weight + col, mask=col_inside, other=0.0).to(tl.float32)
             beta = tl.load(norm_bias + col, mask=col_inside, other=0.0).to(tl.float32)
-            out = (s - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            out = (s - shift[:, None] - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
             tl.store(y + at, rounded(out, dtype), mask=inside)
 
 
@@ -153,14 +157,15 @@ def rows_kernel(
     row_inside = (row < rows)[:, None]
     exists = neuron < B
 
-    mean = tl.zeros((ROWS,), tl.float32)
+    shift = tl.zeros((ROWS,), tl.float32)  # the first columns' mean, as in forward
+    mean = tl.zeros((ROWS,), tl.float32)  # of s - shift
     rstd = tl.zeros((ROWS,), tl.float32)
     mean_d = tl.zeros((ROWS,), tl.float32)
     along = tl.zeros((ROWS,), tl.float32)  # mean(d x̂)
     if NORM:
         squares = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)  # Σ d
-        moment = tl.zeros((ROWS,), tl.float32)  # Σ d (s - mean), with the mean of the columns so far
+        moment = tl.zeros((ROWS,), tl.float32)  # Σ d (s - shift - mean), with the mean of the columns so far
         for start in range(0, H, COLS):
             col, col_inside = _columns(start, H, COLS)
             at = row[:, None] * H + col[None, :]
@@ -170,6 +175,9 @@ def rows_kernel(
             d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gamma[None, :]
             count = tl.minimum(H - start, COLS).to(tl.float32)
             share = count / (start + count)
+            if start == 0:
+                shift = tl.sum(v, 1) / count
+            v = tl.where(col_inside[None, :], v - shift[:, None], 0.0)
             block_mean = tl.sum(v, 1) / count
             centred = tl.where(col_inside[None, :], v - block_mean[:, None], 0.0)
             block_total = tl.sum(d, 1)
@@ -192,7 +200,7 @@ def rows_kernel(
         if NORM:
             v = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
             gamma = tl.load(norm_weight + col, mask=col_inside, other=0.0).to(tl.float32)
-            normalised = (v - mean[:, None]) * rstd[:, None]
+            normalised = (v - shift[:, None] - mean[:, None]) * rstd[:, None]
             if NEED_DNORM:
                 tl.store(partial + program * (2 * H) + col, tl.sum(g * normalised, 0), mask=col_inside)
                 tl.store(partial + program * (2 * H) + H + col, tl.sum(g, 0), mask=col_inside)
