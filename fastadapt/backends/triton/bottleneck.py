@@ -9,7 +9,7 @@
 
 Forward is one kernel: a program holds the bottleneck of its rows and walks twice over H, down and up. LayerNorm's
 statistics gather on the way up (Chan et al. 1979, the pairwise update), and a last walk normalises what is still in
-cache. Backward is a kernel over rows and one over the columns of the weights, which sum split rows in order.
+cache. Backward is a kernel over rows, and one over tiles of the weights whose split rows are summed in order.
 """
 
 from __future__ import annotations
@@ -142,14 +142,14 @@ def forward(
 
 @triton.jit
 def rows_kernel(
-    dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, dz_out, partial, seed, rows, scale, eps, least,
-    factor, blocks_a_row,
+    dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, a_out, dz_out, partial, seed, rows, scale, eps,
+    least, factor, blocks_a_row,
     H: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, SKIP: tl.constexpr, NORM: tl.constexpr,
-    DROPOUT: tl.constexpr, WRITE_DS: tl.constexpr, WRITE_DZ: tl.constexpr, NEED_DX: tl.constexpr,
+    DROPOUT: tl.constexpr, WRITE_DS: tl.constexpr, FOR_WEIGHTS: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DNORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ds, dz and dx of a tile of rows, and its part of dγ and dβ."""
+    """ds, dx and, for the weights' gradients, a and dz of a tile of rows; its part of dγ and dβ."""
     dtype = dy.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row = program * ROWS + tl.arange(0, ROWS)
@@ -207,7 +207,7 @@ def rows_kernel(
             g = rstd[:, None] * (g * gamma[None, :] - mean_d[:, None] - normalised * along[:, None])
             if WRITE_DS:
                 tl.store(ds + at, rounded(g, dtype), mask=inside)
-        if NEED_DX or WRITE_DZ:
+        if NEED_DX or FOR_WEIGHTS:
             if DROPOUT:
                 g = drop(g, tl.load(seed), row, start, blocks_a_row, least, factor, ROWS, COLS)
             g *= scale
@@ -218,13 +218,14 @@ def rows_kernel(
             g = rounded(tl.where(inside, g, 0.0), dtype)
             da = dot(g, rounded(w, dtype), da, PRECISION)
 
-    if NEED_DX or WRITE_DZ:
+    if NEED_DX or FOR_WEIGHTS:
         at_neuron = row[:, None] * B + neuron[None, :]
         neuron_inside = row_inside & exists[None, :]
         pre = tl.load(z + at_neuron, mask=neuron_inside, other=0.0).to(tl.float32)
         dz = rounded(tl.where(neuron_inside, da * derivative(pre, ACTIVATION), 0.0), dtype)
-        if WRITE_DZ:
+        if FOR_WEIGHTS:
             tl.store(dz_out + at_neuron, dz, mask=neuron_inside)
+            tl.store(a_out + at_neuron, rounded(activate(pre, ACTIVATION), dtype), mask=neuron_inside)
         if NEED_DX:
             if NORM and SKIP:
                 tl.debug_barrier()  # ds was written by every thread of this program
@@ -244,9 +245,9 @@ def rows_kernel(
 
 @triton.jit
 def weights_kernel(
-    ds, x, z, dz, partial, seed, rows, rows_a_split, least, factor, blocks_a_row,
+    ds, x, a, dz, partial, seed, rows, rows_a_split, least, factor, blocks_a_row,
     H: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_DOWN: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, NEED_DOWN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split's part of [dW_down, db_down, dW_up / scale, db_up / scale], which lie in this order."""
     dtype = ds.dtype.element_ty
@@ -269,19 +270,18 @@ def weights_kernel(
         inside = row_inside & col_inside[None, :]
         at_neuron = row[:, None] * B + neuron[None, :]
         neuron_inside = row_inside & exists[None, :]
-        dh = tl.load(dz + at_neuron, mask=neuron_inside, other=0.0)
-        down_bias += tl.sum(dh.to(tl.float32), 0)
+        d = tl.load(dz + at_neuron, mask=neuron_inside, other=0.0)
+        down_bias += tl.sum(d.to(tl.float32), 0)
         if NEED_DOWN:
             tile = tl.load(x + at, mask=inside, other=0.0)
-            down = dot(tl.trans(dh), tile, down, PRECISION)
-        pre = tl.load(z + at_neuron, mask=neuron_inside, other=0.0).to(tl.float32)
-        a = rounded(tl.where(neuron_inside, activate(pre, ACTIVATION), 0.0), dtype)
+            down = dot(tl.trans(d), tile, down, PRECISION)
+        activated = tl.load(a + at_neuron, mask=neuron_inside, other=0.0)
         g = tl.load(ds + at, mask=inside, other=0.0)
         if DROPOUT:
             g = drop(g.to(tl.float32), tl.load(seed), row, start, blocks_a_row, least, factor, ROWS, COLS)
             g = rounded(g, dtype)
         up_bias += tl.sum(g.to(tl.float32), 0)
-        up = dot(tl.trans(g), a, up, PRECISION)
+        up = dot(tl.trans(g), activated, up, PRECISION)
 
     mine = partial + split * (2 * B * H + B + H)
     if NEED_DOWN:
@@ -324,18 +324,19 @@ def backward(
         ds = dresidual
     elif need_dweights or (need_dx and skip):
         ds = torch.empty_like(dy)
-    dz = dy.new_empty((rows, b) if need_dweights else (0,))
+    a, dz = (dy.new_empty((rows, b) if need_dweights else (0,)) for _ in range(2))
     norm_gradients = [dy.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if need_dx or need_dweights or (norm and (need_dresidual or need_dnorm)):
         tile = launch.bottleneck_rows(arch, rows, b, dy.element_size(), backward=True)
         programs = triton.cdiv(rows, tile.rows)
         partial = dy.new_empty((programs, 2 * hidden) if need_dnorm else (0,), dtype=torch.float32)
         rows_kernel[(programs,)](
-            dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, dz, partial, dropout.seed, rows, scale, eps,
+            dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, a, dz, partial, dropout.seed, rows, scale, eps,
             dropout.least, dropout.factor, blocks_a_row, H=hidden, B=b, WIDTH=launch.power_of_two(b), ROWS=tile.rows,
             COLS=tile.cols, ACTIVATION=activation, VECTOR=scale_vector is not None, SKIP=skip, NORM=norm,
-            DROPOUT=dropout.on, WRITE_DS=ds is not dy, WRITE_DZ=need_dweights, NEED_DX=need_dx, NEED_DNORM=need_dnorm,
+            DROPOUT=dropout.on, WRITE_DS=ds is not dy, FOR_WEIGHTS=need_dweights, NEED_DX=need_dx, NEED_DNORM=need_dnorm,
             PRECISION=launch.precision(dy.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=launch.REGISTERS,
         )  # fmt: skip
         if need_dnorm:
             norm_gradients = ordered_sum(partial, norm_shapes)
@@ -348,8 +349,8 @@ def backward(
         if not need_down:
             partial[:, : b * hidden].zero_()
         weights_kernel[(triton.cdiv(hidden, tile.cols), triton.cdiv(b, tile.bottleneck), tile.splits)](
-            ds, x, z, dz, partial, dropout.seed, rows, tile.rows_a_split, dropout.least, dropout.factor, blocks_a_row,
-            H=hidden, B=b, ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.bottleneck, ACTIVATION=activation,
+            ds, x, a, dz, partial, dropout.seed, rows, tile.rows_a_split, dropout.least, dropout.factor, blocks_a_row,
+            H=hidden, B=b, ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.bottleneck,
             DROPOUT=dropout.on, NEED_DOWN=need_down, PRECISION=launch.precision(dy.dtype), num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip

@@ -24,6 +24,9 @@ class Architecture:
 SM_80 = Architecture("sm_80", 163 * 1024, 108)
 SM_86 = Architecture("sm_86", 99 * 1024, 84)
 SM_90 = Architecture("sm_90", 227 * 1024, 132)
+# What a thread may have. Said aloud, because ptxas otherwise aims at an occupancy of its own and spills for it.
+REGISTERS = 255
+
 # Few, wide programs: the interpreter pays for every operation, not for its size.
 INTERPRETER = Architecture("interpreter", 1 << 30, 2)
 
@@ -89,9 +92,11 @@ def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int,
         return RowTile(rows=16 if backward else 64, cols=256, warps=1, stages=1)
     if bytes_ == 4:  # no tensor cores in IEEE float32: operands live in registers
         return RowTile(rows=16, cols=64, warps=8 if width >= 128 else 4, stages=1)
-    # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more.
-    tile = 64 if rows >= 64 * arch.processors and width <= 256 else 16 if width <= 64 else 32
-    warps = 8 if width >= 256 or (tile == 64 and width >= 128) else 4
+    # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more. Backward keeps dy, x̂ and
+    # ds of a block beside its sums, so it has twice the threads for as much, and half the rows for a wide bottleneck.
+    widest_of_64 = 128 if backward else 256
+    tile = 64 if rows >= 64 * arch.processors and width <= widest_of_64 else 16 if width <= 64 else 32
+    warps = 8 if width >= 256 or (tile == 64 and (width >= 128 or backward)) else 4
     cols = 64
     a_stage = (width + tile) * cols * bytes_
     stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward else 3)
@@ -201,3 +206,11 @@ def linear_product(arch: Architecture, rows: int, features: int, bytes_: int) ->
     tile, depth = (128, 64) if large else (64, 64)
     stages = _deepest(arch, 0, (tile + tile) * depth * bytes_, 4 if large else 3)
     return MatrixTile(tile, tile, depth, 8, 8 if large else 4, stages)
+
+
+# -- ordered sums ------------------------------------------------------------------------------------------------
+
+
+def sum_columns(arch: Architecture) -> int:
+    """Columns of partial sums that a program adds."""
+    return 4096 if arch is INTERPRETER else 128
