@@ -185,8 +185,8 @@ def normal(*shape: int, generator: torch.Generator, std: float = 1.0, mean: floa
 # alone may cost half a unit in the last place; eager can be exact where a sum has a single term.
 FACTOR = 2.0
 # The draws of one case are judged together, so that the bound compares distributions and not two single roundings;
-# eager, which is cheap, is drawn more often, so that the largest error of its smallest output is known. The mean square of fewer than
-# LEAST_FOR_RMS elements is noise: there the largest error alone is judged.
+# eager, which is cheap, is drawn more often, so that the largest error of its smallest output is known. The mean
+# square of fewer than LEAST_FOR_RMS elements is noise: there the largest error alone is judged.
 ELEMENTS, MOST_DRAWS = 4096, 12
 EAGER_ELEMENTS, MOST_EAGER_DRAWS = 32768, 32
 LEAST_FOR_RMS = 64

@@ -406,6 +406,23 @@ def test_a_large_mean_does_not_swallow_the_variance(runner):
     cases.check(runner, call, build, torch.float32, torch.float32)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="12 GiB of activations: a GPU's memory")
+@every_kernel
+def test_offsets_past_two_to_the_31(runner):
+    """The last rows of 2**31 elements and more are what they are alone."""
+    if runner.device != "cuda":
+        pytest.skip("runs on the GPU")
+    hidden, rows, dtype = 1024, 2**21 + 64, torch.bfloat16
+    t = _kernel_inputs("cuda", dtype, rows=64, hidden=hidden, b=16)
+    x = torch.zeros(rows, hidden, dtype=dtype, device="cuda")
+    x[-64:] = t["x"]
+    weights = (t["w_down"], t["b_down"], t["w_up"], t["b_up"])
+    norm = {"norm_weight": t["gamma"], "norm_bias": t["beta"]}
+    with runner.running():
+        for op in (lambda x: fa.ops.bottleneck(x, *weights, **norm), lambda x: fa.ops.add_norm(x, None, **norm)):
+            torch.testing.assert_close(op(x)[-64:], op(x[-64:]))
+
+
 # -- autograd, autocast, checkpointing ---------------------------------------------------------------------------
 
 

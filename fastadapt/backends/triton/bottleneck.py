@@ -213,7 +213,9 @@ def rows_kernel(
             g *= scale
             if VECTOR:
                 g *= tl.load(scale_vector + col, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(w_up + col[:, None] * B + neuron[None, :], mask=col_inside[:, None] & exists[None, :], other=0.0)
+            w = tl.load(
+                w_up + col[:, None] * B + neuron[None, :], mask=col_inside[:, None] & exists[None, :], other=0.0
+            )
             # x̂ of columns past H is not zero: a select, since their weight's zero would not hide a NaN.
             g = rounded(tl.where(inside, g, 0.0), dtype)
             da = dot(g, rounded(w, dtype), da, PRECISION)
@@ -334,9 +336,9 @@ def backward(
             dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, a, dz, partial, dropout.seed, rows, scale, eps,
             dropout.least, dropout.factor, blocks_a_row, H=hidden, B=b, WIDTH=launch.power_of_two(b), ROWS=tile.rows,
             COLS=tile.cols, ACTIVATION=activation, VECTOR=scale_vector is not None, SKIP=skip, NORM=norm,
-            DROPOUT=dropout.on, WRITE_DS=ds is not dy, FOR_WEIGHTS=need_dweights, NEED_DX=need_dx, NEED_DNORM=need_dnorm,
-            PRECISION=launch.precision(dy.dtype), num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=launch.REGISTERS,
+            DROPOUT=dropout.on, WRITE_DS=ds is not dy, FOR_WEIGHTS=need_dweights, NEED_DX=need_dx,
+            NEED_DNORM=need_dnorm, PRECISION=launch.precision(dy.dtype), num_warps=tile.warps,
+            num_stages=tile.stages, maxnreg=launch.REGISTERS,
         )  # fmt: skip
         if need_dnorm:
             norm_gradients = ordered_sum(partial, norm_shapes)

@@ -5,6 +5,8 @@
 
     d = γ dy,  ds' = rstd (d - mean d - x̂ mean(d x̂)) + [ds],  dresidual = ds',  dx = drop(ds')
     dγ = Σ_rows dy x̂,  dβ = Σ_rows dy
+
+A program holds whole rows, so that the variance's second pass runs over registers.
 """
 
 from __future__ import annotations
