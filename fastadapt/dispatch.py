@@ -114,3 +114,12 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forget(tensors: list[torch.Tensor]) -> int:
+    """Drop the packed copies that backends hold of these tensors; returns how many there were."""
+    dropped = 0
+    for module in _loaded.values():
+        if isinstance(module, ModuleType) and hasattr(module, "forget"):
+            dropped += module.forget(tensors)
+    return dropped

@@ -1,0 +1,94 @@
+// 32 x 32 tiles of bfloat16 products on AMX: two by two accumulators of 16 x 16, k in steps of 32 elements.
+// With FA_BF16 == 3 the tile registers are plain arrays, so that the same code is tested where there is no AMX.
+
+#if FA_BF16 == 2
+struct AmxSession {
+  AmxSession() {
+    alignas(64) uint8_t config[64] = {};
+    config[0] = 1;  // palette
+    for (int i = 0; i < 8; ++i) {
+      config[16 + 2 * i] = 64;  // bytes a row
+      config[48 + i] = 16;      // rows
+    }
+    _tile_loadconfig(config);
+  }
+  ~AmxSession() { _tile_release(); }
+  AmxSession(const AmxSession&) = delete;
+};
+#define FA_TILE_ZERO(t) _tile_zero(t)
+#define FA_TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define FA_TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define FA_TILE_DP(c, a, b) _tile_dpbf16ps(c, a, b)
+#else
+struct AmxSession {
+  AmxSession() {}  // not trivial, as the real one
+};
+struct EmulatedTile {
+  uint32_t word[16][16];
+};
+inline EmulatedTile& emulated(int t) {
+  static thread_local EmulatedTile tiles[8];
+  return tiles[t];
+}
+inline void emulated_load(int t, const void* p, int64_t stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy(emulated(t).word[r], (const char*)p + r * stride, 64);
+}
+inline void emulated_store(int t, void* p, int64_t stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy((char*)p + r * stride, emulated(t).word[r], 64);
+}
+inline void emulated_dp(int c, int a, int b) {
+  auto as_float = [](uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; };
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float acc = as_float(emulated(c).word[m][n]);
+      for (int k = 0; k < 16; ++k) {
+        uint32_t x = emulated(a).word[m][k], y = emulated(b).word[k][n];
+        acc += as_float(x << 16) * as_float(y << 16);
+        acc += as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
+      }
+      std::memcpy(&emulated(c).word[m][n], &acc, 4);
+    }
+}
+#define FA_TILE_ZERO(t) std::memset(&emulated(t), 0, sizeof(EmulatedTile))
+#define FA_TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
+#define FA_TILE_STORE(t, p, stride) emulated_store(t, p, stride)
+#define FA_TILE_DP(c, a, b) emulated_dp(c, a, b)
+#endif
+
+// Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B. A's rows past `rows` are read
+// (the block is padded) and only make rows of c that nobody looks at, within c's padding.
+inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
+  constexpr int64_t c_stride = 32 * 4, a_stride = kStride * 4;
+  const bool two = rows > 16;
+  if (accumulate) {
+    FA_TILE_LOAD(0, c, c_stride);
+    FA_TILE_LOAD(1, c + 16, c_stride);
+    if (two) {
+      FA_TILE_LOAD(2, c + 16 * 32, c_stride);
+      FA_TILE_LOAD(3, c + 16 * 32 + 16, c_stride);
+    }
+  } else {
+    FA_TILE_ZERO(0);
+    FA_TILE_ZERO(1);
+    FA_TILE_ZERO(2);
+    FA_TILE_ZERO(3);
+  }
+  for (int64_t k = 0; k < kw; k += 16) {
+    FA_TILE_LOAD(4, a + k, a_stride);
+    FA_TILE_LOAD(6, b + k * ldb, ldb * 4);
+    FA_TILE_DP(0, 4, 6);
+    FA_TILE_LOAD(7, b + k * ldb + 16, ldb * 4);
+    FA_TILE_DP(1, 4, 7);
+    if (two) {
+      FA_TILE_LOAD(5, a + 16 * kStride + k, a_stride);
+      FA_TILE_DP(2, 5, 6);
+      FA_TILE_DP(3, 5, 7);
+    }
+  }
+  FA_TILE_STORE(0, c, c_stride);
+  FA_TILE_STORE(1, c + 16, c_stride);
+  if (two) {
+    FA_TILE_STORE(2, c + 16 * 32, c_stride);
+    FA_TILE_STORE(3, c + 16 * 32 + 16, c_stride);
+  }
+}

@@ -1,0 +1,239 @@
+// The matrix product under every op: rows of A (copied into a block with a constant row stride) by packed panels of B.
+//
+// A block is [k blocks][rows][kStride] words. The constant stride turns a row's address into an instruction's
+// displacement, and 784 words (49 cache lines, an odd number) keep the rows of a tile apart in a set-associative cache.
+
+constexpr int64_t kBlock = 768;   // words of k in a row of a block
+constexpr int64_t kStride = 784;  // words between rows of an A block
+constexpr int64_t kPass = 256;    // words of k in one pass over a tile: longer sums are added up from partial ones,
+                                  // which keeps their rounding error at that of PyTorch's own products
+
+// How T is multiplied: as float words, or as pairs of bfloat16.
+template <class T>
+struct Operand {
+  static constexpr bool pairs = false;
+  static constexpr int per_word = 1;
+  static constexpr int pad = 1;
+};
+#if FA_BF16 != 0
+template <>
+struct Operand<bf16> {
+  static constexpr bool pairs = true;
+  static constexpr int per_word = 2;
+  static constexpr int pad = 32;
+};
+#endif
+template <class T>
+FA_INLINE int64_t words_of(int64_t k) {
+  constexpr int pad = Operand<T>::pad, per = Operand<T>::per_word;
+  return (k + pad - 1) / pad * pad / per;
+}
+
+// -- tiles: C[rows][32] (+)= A[rows][kw] B[kw][32] -------------------------------------------------------------------
+
+constexpr int kNV = 32 / W;  // vectors in a panel's row
+
+template <bool Pairs>
+FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
+#if FA_BF16 == 1
+  if constexpr (Pairs)
+    return (F)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)(__m512i)b);
+#endif
+  float f;
+  std::memcpy(&f, &a, 4);
+  return acc + (F)b * f;
+}
+
+template <int MR, bool Pairs>
+__attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb, int64_t kw,
+                                    float* __restrict c, bool accumulate) {
+  F acc[MR][kNV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kNV; ++v) acc[m][v] = F{};
+  for (int64_t k = 0; k < kw; ++k) {
+    U row[kNV];
+#pragma GCC unroll 8
+    for (int v = 0; v < kNV; ++v) std::memcpy(&row[v], b + v * W, sizeof(U));
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      uint32_t x = a[m * kStride];
+#pragma GCC unroll 8
+      for (int v = 0; v < kNV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
+    }
+    b += ldb;
+    a += 1;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < kNV; ++v) {
+      float* to = c + m * 32 + v * W;
+      store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
+    }
+}
+
+using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, bool);
+template <bool Pairs, int... M>
+constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
+  return {tile<M + 1, Pairs>...};
+}
+
+#if FA_BF16 == 2 || FA_BF16 == 3
+#include "amx.inl"
+#endif
+
+template <class T>
+struct Tiles {
+  static constexpr int max_rows = FA_ROWS;
+  struct Session {};
+  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
+    static constexpr auto table = tiles_of<Operand<T>::pairs>(std::make_integer_sequence<int, FA_ROWS>{});
+    table[rows - 1](a, b, ldb, kw, c, accumulate);
+  }
+};
+#if FA_BF16 == 2 || FA_BF16 == 3
+template <>
+struct Tiles<bf16> {
+  static constexpr int max_rows = 32;
+  using Session = AmxSession;
+  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, bool accumulate) {
+    amx_tile(rows, a, b, ldb, kw, c, accumulate);
+  }
+};
+#endif
+
+// -- blocks of A -----------------------------------------------------------------------------------------------------
+
+// Rows are padded so that a whole tile of rows may be read.
+FA_INLINE int64_t padded_rows(int64_t rows) { return (rows + 31) / 32 * 32; }
+
+struct ABlock {
+  uint32_t* words;
+  int64_t rows;  // padded
+  uint32_t* row(int64_t m, int64_t kw) const { return words + ((kw / kBlock) * rows + m) * kStride + kw % kBlock; }
+  static int64_t size(int64_t rows, int64_t kw) { return (kw + kBlock - 1) / kBlock * padded_rows(rows) * kStride; }
+};
+
+// Element i of row m as it stands in the block (i a multiple of W).
+template <class T>
+FA_INLINE auto* element(const ABlock& a, int64_t m, int64_t i) {
+  if constexpr (Operand<T>::pairs) {
+    return (bf16*)a.row(m, i / 2) + i % 2;
+  } else {
+    return (float*)a.row(m, i);
+  }
+}
+template <class T>
+FA_INLINE void put(const ABlock& a, int64_t m, int64_t i, F v, int64_t n) {
+  if constexpr (Operand<T>::pairs) store_n((bf16*)a.row(m, i / 2), v, n);
+  else store_n((float*)a.row(m, i), rounded<T>(v), n);
+}
+template <class T>
+FA_INLINE F get(const ABlock& a, int64_t m, int64_t i, int64_t n) {
+  return load_n(element<T>(a, m, i), n);
+}
+// Zeros from element k to the end of the last word group: what lies there is multiplied by B's zero padding.
+template <class T>
+FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k) {
+  if constexpr (Operand<T>::pairs)
+    for (int64_t i = k; i < words_of<T>(k) * 2; ++i) *((bf16*)a.row(m, i / 2) + i % 2) = 0;
+}
+
+// -- the product -----------------------------------------------------------------------------------------------------
+
+struct Pass {  // up to kPass words of k: where they start in A, where in B's panel 0, how far the next panel is
+  int64_t a;
+  const uint32_t* b;
+  int64_t panel_stride, ldb, words;
+};
+// The passes over k of a product with one B, or with several below one another.
+class Passes {
+ public:
+  void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
+    for (int64_t k = 0; k < words; k += kPass)
+      passes_[count_++] = {start_ + k, b + k * ldb, panel_stride, ldb, std::min(kPass, words - k)};
+    start_ += (words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
+  }
+  int count() const { return count_; }
+  const Pass& operator[](int i) const { return passes_[i]; }
+
+ private:
+  Pass passes_[kMaxPasses];
+  int count_ = 0;
+  int64_t start_ = 0;
+};
+template <class T>
+FA_INLINE Passes passes_of(const Packed& p) {
+  Passes list;
+  int64_t kw = words_of<T>(p.k);
+  list.add(p.words, kw * 32, 32, kw);
+  return list;
+}
+
+// For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
+template <class T, class Epilogue>
+FA_INLINE void product(const ABlock& a, int64_t rows, const Passes& k, int64_t first, int64_t last, float* c,
+                       Epilogue&& epilogue) {
+  using Tl = Tiles<T>;
+  [[maybe_unused]] typename Tl::Session session{};
+  const int64_t blocks = (rows + Tl::max_rows - 1) / Tl::max_rows;
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int i_pass = 0; i_pass < k.count(); ++i_pass) {
+      const Pass& pass = k[i_pass];
+      const uint32_t* b = pass.b + panel * pass.panel_stride;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
+        float* tile = c + i * Tl::max_rows * 32;
+        Tl::run((int)n, a.row(m, pass.a), b, pass.ldb, pass.words, tile, i_pass > 0);
+        if (i_pass + 1 == k.count()) epilogue(panel, m, n, tile);
+      }
+    }
+  }
+}
+// Floats of scratch for c.
+FA_INLINE int64_t tile_scratch(int64_t rows) { return (padded_rows(rows) + 32) * 32; }
+
+// -- packing B -------------------------------------------------------------------------------------------------------
+
+template <class T, class S>
+void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_t* words) {
+  const int64_t kw = words_of<T>(k), panels = (n + 31) / 32;
+  auto value = [&](int64_t i, int64_t j) -> float {
+    if (i >= k || j >= n) return 0.0f;
+    const S v = src[i * sk + j * sn];
+    if constexpr (std::is_same_v<S, bf16>) {
+      uint32_t u = (uint32_t)v << 16;
+      float f;
+      std::memcpy(&f, &u, 4);
+      return f;
+    } else {
+      return v;
+    }
+  };
+  for (int64_t p = 0; p < panels; ++p) {
+    uint32_t* panel = words + p * kw * 32;
+    const int64_t columns = std::min<int64_t>(32, n - p * 32);
+    if constexpr (!Operand<T>::pairs && std::is_same_v<S, float> && std::is_same_v<T, float>) {
+      if (sk == 1 && columns == 32) {
+        transpose(src + p * 32 * sn, sn, 32, k, (float*)panel, 32);
+        continue;
+      }
+    }
+    for (int64_t i = 0; i < kw; ++i)
+      for (int64_t j = 0; j < 32; j += W) {
+        float lanes[2][W];
+        for (int l = 0; l < W; ++l) {
+          lanes[0][l] = value(i * Operand<T>::per_word, p * 32 + j + l);
+          lanes[1][l] = Operand<T>::pairs ? value(i * 2 + 1, p * 32 + j + l) : 0.0f;
+        }
+        U word;
+        if constexpr (Operand<T>::pairs)
+          word = round_bf16_bits(load(lanes[0])) | (round_bf16_bits(load(lanes[1])) << 16);
+        else
+          word = bits(rounded<T>(load(lanes[0])));
+        std::memcpy(panel + i * 32 + j, &word, sizeof word);
+      }
+  }
+}

@@ -1,0 +1,52 @@
+// Everything of one instruction set. The including file sets the target, FA_NAMESPACE, FA_WIDTH (floats in a vector),
+// FA_ROWS (rows of a tile that fit the registers) and FA_BF16 (how bfloat16 is multiplied: 0 as float, 1 vdpbf16ps,
+// 2 AMX, 3 AMX emulated), and has included the standard headers before the target pragma, so that no inline function
+// of theirs is compiled for a machine that can't run it.
+namespace fastadapt::cpu {
+namespace FA_NAMESPACE {
+#include "scratch.inl"
+#include "vec.inl"
+#include "gemm.inl"
+#include "linear.inl"
+#include "norm.inl"
+#include "bottleneck.inl"
+#include "attention.inl"
+
+inline int64_t packed_words(DType t, int64_t k, int64_t n) {
+  return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * ((n + 31) / 32 * 32);
+}
+inline void pack(DType compute, DType source, const void* src, int64_t k, int64_t n, int64_t sk, int64_t sn,
+                 uint32_t* words) {
+  if (compute == DType::f32)
+    source == DType::f32 ? pack_as<float>((const float*)src, k, n, sk, sn, words)
+                         : pack_as<float>((const bf16*)src, k, n, sk, sn, words);
+  else
+    source == DType::f32 ? pack_as<bf16>((const float*)src, k, n, sk, sn, words)
+                         : pack_as<bf16>((const bf16*)src, k, n, sk, sn, words);
+}
+#define FA_ENTRY(op, Params)                                 \
+  inline void op(const Params& p, Parallel parallel) {       \
+    p.type == DType::f32 ? op##_typed<float>(p, parallel) : op##_typed<bf16>(p, parallel); \
+  }
+FA_ENTRY(linear_forward, LinearForward)
+FA_ENTRY(linear_backward, LinearBackward)
+FA_ENTRY(bottleneck_forward, BottleneckForward)
+FA_ENTRY(bottleneck_backward, BottleneckBackward)
+FA_ENTRY(add_norm_forward, AddNormForward)
+FA_ENTRY(add_norm_backward, AddNormBackward)
+FA_ENTRY(attention_forward, Attention)
+FA_ENTRY(attention_backward, Attention)
+#undef FA_ENTRY
+}  // namespace FA_NAMESPACE
+
+#define FA_CONCAT2(a, b) a##b
+#define FA_CONCAT(a, b) FA_CONCAT2(a, b)
+#define FA_STRING2(a) #a
+#define FA_STRING(a) FA_STRING2(a)
+const Table FA_CONCAT(table_, FA_NAMESPACE) = {
+    FA_STRING(FA_NAMESPACE),           FA_NAMESPACE::packed_words,        FA_NAMESPACE::pack,
+    FA_NAMESPACE::linear_forward,      FA_NAMESPACE::linear_backward,     FA_NAMESPACE::bottleneck_forward,
+    FA_NAMESPACE::bottleneck_backward, FA_NAMESPACE::add_norm_forward,    FA_NAMESPACE::add_norm_backward,
+    FA_NAMESPACE::attention_forward,   FA_NAMESPACE::attention_backward,
+};
+}  // namespace fastadapt::cpu

@@ -1,0 +1,166 @@
+// y = drop(act(x [W_0; W_1; ..]^T + bias)) and its backward dx = (drop(dy) act'(z)) [W_0; W_1; ..].
+//
+// A task is a chunk of rows, or where rows are few a chunk of rows and a share of the columns: x's chunk is copied
+// once into an A block, the panels of the weights pass by it, and the epilogue works on tiles that are still in L1.
+
+// Rows in a chunk: the A block stays in the second-level cache.
+inline int64_t chunk_rows(int64_t rows, int64_t kw) {
+  constexpr int64_t words = 150 * 1024;
+  if (rows <= 128) return rows;
+  return std::max<int64_t>(28, std::min<int64_t>(168, words / kw));
+}
+
+struct Split {
+  int64_t chunks, columns;  // tasks = chunks * columns
+};
+inline Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
+  int64_t chunks = (rows + chunk_rows(rows, kw) - 1) / chunk_rows(rows, kw);
+  if (chunks >= threads) {
+    chunks = std::min(rows, (chunks + threads - 1) / threads * threads);
+    return {chunks, 1};
+  }
+  return {chunks, std::min<int64_t>(panels, (threads + chunks - 1) / chunks)};
+}
+
+template <class T>
+void keep_rows(int64_t first, int64_t rows, int64_t cols, const Dropout& d, int8_t* keep) {
+  const int64_t stride = (cols + 63) / 64 * 64;
+  for (int64_t r = 0; r < rows; ++r) keep_row(first + r, cols, d, keep + r * stride);
+}
+
+template <class T, Act A>
+void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns) {
+  Scratch& s = scratch();
+  const int64_t kw = words_of<T>(p.k);
+  ABlock a{s.get<uint32_t>(0, ABlock::size(rows, kw)), padded_rows(rows)};
+  float* c = s.get<float>(1, tile_scratch(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = (const T*)p.x + (r0 + r) * p.k;
+    for (int64_t i = 0; i < p.k; i += W) put<T>(a, r, i, load_n(x + i, p.k - i), p.k - i);
+    pad_row<T>(a, r, p.k);
+  }
+  const int64_t keep_stride = (p.n + 63) / 64 * 64;
+  int8_t* keep = nullptr;
+  if (p.drop.on) {
+    keep = s.get<int8_t>(2, rows * keep_stride);
+    keep_rows<T>(r0, rows, p.n, p.drop, keep);
+  }
+  int64_t offset = 0;
+  for (int w = 0; w < p.count; ++w) {
+    const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
+    product<T>(a, rows, passes_of<T>(p.weights[w]), panels * column / columns, panels * (column + 1) / columns, c,
+               [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+      for (int v = 0; v < kNV; ++v) {
+        const int64_t local = panel * 32 + v * W, valid = n - local, col = offset + local;
+        if (valid <= 0) break;
+        const F bias = p.bias ? load_n(p.bias + col, valid) : F{};
+        for (int64_t r = 0; r < mr; ++r) {
+          const int64_t at = (r0 + m + r) * p.n + col;
+          F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
+          if (p.z) store_n((T*)p.z + at, z, valid);
+          F y = act<A>(z);
+          if (keep) {
+            int8_t lanes[W];  // several weights may start inside a block of 64
+            std::memcpy(lanes, keep + (m + r) * keep_stride + col, (size_t)std::min<int64_t>(W, valid));
+            y = dropped(rounded<T>(y), lanes, p.drop.keep_scale);
+          }
+          store_n((T*)p.y + at, y, valid);
+        }
+      }
+    });
+    offset += n;
+  }
+}
+
+template <class T, Act A>
+void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns,
+                           float* dbias) {
+  Scratch& s = scratch();
+  int64_t kw = 0;  // every weight's k starts a new block
+  for (int w = 0; w < p.count; ++w) kw += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+  ABlock a{s.get<uint32_t>(0, ABlock::size(rows, kw)), padded_rows(rows)};
+  float* c = s.get<float>(1, tile_scratch(rows));
+  const int64_t keep_stride = (p.k + 63) / 64 * 64;
+  int8_t* keep = p.drop.on ? s.get<int8_t>(2, keep_stride) : nullptr;
+  if (dbias) std::memset(dbias, 0, sizeof(float) * p.k);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (keep) keep_row(r0 + r, p.k, p.drop, keep);
+    int64_t col = 0, base = 0;
+    for (int w = 0; w < p.count; ++w) {
+      const int64_t k = p.weights[w].k;
+      ABlock part{a.words + base / kBlock * a.rows * kStride, a.rows};
+      for (int64_t i = 0; i < k; i += W) {
+        const int64_t at = (r0 + r) * p.k + col + i;
+        F d = load_n((const T*)p.dy + at, k - i);
+        if (keep) {
+          int8_t lanes[W];
+          std::memcpy(lanes, keep + col + i, (size_t)std::min<int64_t>(W, k - i));
+          d = dropped(d, lanes, p.drop.keep_scale);
+        }
+        if constexpr (A != Act::none) d = d * d_act<A>(load_n((const T*)p.z + at, k - i));
+        if (dbias) store_n(dbias + col + i, load_n(dbias + col + i, k - i) + d, k - i);
+        if (p.dx) put<T>(part, r, i, d, k - i);
+      }
+      if (p.dx) pad_row<T>(part, r, k);
+      col += k;
+      base += (words_of<T>(k) + kBlock - 1) / kBlock * kBlock;
+    }
+  }
+  if (!p.dx) return;
+  Passes passes;
+  for (int w = 0; w < p.count; ++w) {
+    const int64_t words = words_of<T>(p.weights[w].k);
+    passes.add(p.weights[w].words, words * 32, 32, words);
+  }
+  const int64_t panels = (p.n + 31) / 32;
+  product<T>(a, rows, passes, panels * column / columns, panels * (column + 1) / columns, c,
+             [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    for (int v = 0; v < kNV; ++v) {
+      const int64_t col = panel * 32 + v * W;
+      if (col >= p.n) break;
+      for (int64_t r = 0; r < mr; ++r)
+        store_n((T*)p.dx + (r0 + m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
+    }
+  });
+}
+
+// Calls fn(task) for every task through the plain function pointer that `parallel` takes.
+template <class Fn>
+void parallel_for(Parallel parallel, int64_t tasks, Fn&& fn) {
+  parallel(tasks, [](int64_t task, void* context) { (*(std::remove_reference_t<Fn>*)context)(task); }, (void*)&fn);
+}
+
+template <class T>
+void linear_forward_typed(const LinearForward& p, Parallel parallel) {
+  with_act(p.act, [&](auto a) {
+    const Split s = split(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
+      const int64_t chunk = task / s.columns, r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
+      linear_forward_chunk<T, a.value>(p, r0, r1 - r0, task % s.columns, s.columns);
+    });
+  });
+}
+
+// Adds `count` partial vectors of n floats in their order.
+inline void ordered_sum(const float* parts, int64_t count, int64_t n, int64_t stride, float* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    F total = load_n(parts + i, n - i);
+    for (int64_t k = 1; k < count; ++k) total = total + load_n(parts + k * stride + i, n - i);
+    store_n(out + i, total, n - i);
+  }
+}
+
+template <class T>
+void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
+  with_act(p.act, [&](auto a) {
+    const Split s = split(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    float* parts = p.dbias ? scratch().get<float>(15, s.chunks * p.k) : nullptr;
+    parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
+      const int64_t chunk = task / s.columns, column = task % s.columns;
+      const int64_t r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
+      float* dbias = p.dbias && column == 0 ? parts + chunk * p.k : nullptr;
+      linear_backward_chunk<T, a.value>(p, r0, r1 - r0, column, s.columns, dbias);
+    });
+    if (p.dbias) ordered_sum(parts, s.chunks, p.k, p.k, p.dbias);
+  });
+}

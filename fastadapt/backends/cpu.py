@@ -1,0 +1,77 @@
+"""The C++ kernels for CPUs, compiled at install time; the instruction set is picked at run time.
+
+``FASTADAPT_CPU`` (``portable``, ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``) picks another than the widest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastadapt.ops.schemas  # noqa: F401  (defines the ops that the library implements)
+
+_found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+if not _found:
+    raise ImportError("the compiled kernels are not there; reinstall fastadapt where a C++ compiler is")
+torch.ops.load_library(str(_found[0]))
+
+if os.environ.get("FASTADAPT_CPU"):
+    torch.ops.fastadapt_cpu.set_capability(os.environ["FASTADAPT_CPU"])
+
+_MAX_ATTENTION_LENGTH = 768
+_MAX_HEAD_DIM = 256
+
+bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
+bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default
+add_norm_forward = torch.ops.fastadapt.add_norm_forward.default
+add_norm_backward = torch.ops.fastadapt.add_norm_backward.default
+linear_forward = torch.ops.fastadapt.linear_forward.default
+linear_backward = torch.ops.fastadapt.linear_backward.default
+attention_forward = torch.ops.fastadapt.attention_forward.default
+attention_backward = torch.ops.fastadapt.attention_backward.default
+
+
+def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
+    """Why these kernels can't serve the call; None where they can."""
+    if device_type != "cpu":
+        return f"the tensors are on {device_type}, not on the CPU"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {dtype} (float32 and bfloat16 are served)"
+    if op.startswith("attention"):
+        if facts.get("length", 0) > _MAX_ATTENTION_LENGTH:
+            return f"sequence of {facts['length']} (up to {_MAX_ATTENTION_LENGTH} are served)"
+        if facts.get("head_dim", 0) > _MAX_HEAD_DIM:
+            return f"head of {facts['head_dim']} (up to {_MAX_HEAD_DIM} are served)"
+    return None
+
+
+def capabilities() -> list[str]:
+    """The instruction sets that run here, narrowest first; ``amx_emulated``, for tests, is last."""
+    return list(torch.ops.fastadapt_cpu.capabilities())
+
+
+@contextmanager
+def capability(name: str | None = None) -> Iterator[str]:
+    """Run with instruction set ``name`` (None: the current one) while the context lasts; yields its name."""
+    before = torch.ops.fastadapt_cpu.capability()
+    if name is not None:
+        torch.ops.fastadapt_cpu.set_capability(name)
+    try:
+        yield torch.ops.fastadapt_cpu.capability()
+    finally:
+        torch.ops.fastadapt_cpu.set_capability(before)
+
+
+def forget(tensors: list[torch.Tensor]) -> int:
+    """Drop the packed copies of these tensors; returns how many there were."""
+    return torch.ops.fastadapt_cpu.forget(tensors)
+
+
+def release() -> int:
+    """Drop every packed copy and every cached page; returns the bytes given back."""
+    return torch.ops.fastadapt_cpu.release()

@@ -1,0 +1,199 @@
+"""The methods as frozen dataclasses; a field has the literature's name, and a bad value is refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastadapt.ops.activations import canonical
+
+PLACEMENTS: tuple[str, ...] = ("attention_output", "output")
+INITS: tuple[str, ...] = ("houlsby", "bert", "mam_adapter", "lora")
+LAYER_NORMS: tuple[str, ...] = ("none", "encoder", "all")
+SCALES: tuple[str, ...] = ("learned", "channel")
+
+
+def _choice(field: str, value: Any, accepted: tuple[Any, ...]) -> None:
+    # By type as well, because 1 == True.
+    if not any(type(value) is type(a) and value == a for a in accepted):
+        raise ValueError(f"{field}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """A bottleneck adapter: A₁(u) = W_up σ(W_down u + b_down) + b_up, beside or after a sublayer.
+
+    Args:
+        bottleneck: width b of the adapter. Instead of it ``reduction_factor`` may be given; never both.
+        reduction_factor: b = hidden size // reduction_factor, at least 1; a number, or a mapping from the layer
+            (``"0"``, ``"1"``, ...) or ``"default"`` to one.
+        activation: σ, a name of ``fastadapt.ops.ACTIVATIONS`` or an alias of one.
+        placements: after which sublayers: ``"attention_output"``, ``"output"`` (of the feed-forward network).
+        parallel: the adapter reads the sublayer's input instead of its output (He et al. 2022).
+        scale: a number, ``"learned"`` (one scalar) or ``"channel"`` (one a hidden unit); both start at 1.
+        dropout: on the adapter's output, in training.
+        init: ``"houlsby"`` (normal, std 1e-3, truncated at two of them, zero biases), ``"bert"`` (normal, std 0.02),
+            ``"mam_adapter"`` or ``"lora"`` (W_down Kaiming, W_up zero).
+        leave_out: layers, counted from 0, without an adapter.
+        gate: multiply the adapter's output by the sigmoid of a learned projection of what it reads, averaged over the
+            sequence (padding too, as AdapterHub does).
+        ln_before, ln_after: a new LayerNorm before W_down, or after the adapter's output.
+        train_layer_norm: own trainable copies of the pretrained LayerNorms: ``"none"``, ``"encoder"``, or ``"all"``
+            (the embeddings' too).
+        original_ln_before: the adapter reads LN(f + x), f the sublayer's output and x its input.
+        original_ln_after: residual and pretrained LayerNorm follow the adapter.
+        residual_before_ln: under ``original_ln_before``, the adapter's own skip is f (True), f + x (``"post_add"``) or
+            LN(f + x) (False).
+        adapter_residual_before_ln: under ``ln_after``, whether the adapter's own skip goes under the new LayerNorm.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was given and what is accepted.
+    """
+
+    bottleneck: int | None = None
+    reduction_factor: float | Mapping[str, float] | None = None
+    activation: str = "relu"
+    placements: tuple[str, ...] = PLACEMENTS
+    parallel: bool = False
+    scale: float | Literal["learned", "channel"] = 1.0
+    dropout: float = 0.0
+    init: Literal["houlsby", "bert", "mam_adapter", "lora"] = "houlsby"
+    leave_out: tuple[int, ...] = ()
+    gate: bool = False
+    ln_before: bool = False
+    ln_after: bool = False
+    train_layer_norm: Literal["none", "encoder", "all"] = "none"
+    original_ln_before: bool = False
+    original_ln_after: bool = True
+    residual_before_ln: bool | Literal["post_add"] = True
+    adapter_residual_before_ln: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_width()
+        canonical(self.activation)
+        self._check_placements()
+        if isinstance(self.scale, str):
+            _choice("scale", self.scale, SCALES)
+        elif not _is_number(self.scale):
+            raise TypeError(f"scale: got {self.scale!r}; accepted are a number, 'learned' and 'channel'")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
+            raise ValueError(f"dropout: got {self.dropout!r}; accepted is a probability from 0 to 1")
+        _choice("init", self.init, INITS)
+        self._check_leave_out()
+        for field in ("parallel", "gate", "ln_before", "ln_after", "original_ln_before", "original_ln_after",
+                      "adapter_residual_before_ln"):  # fmt: skip
+            _choice(field, getattr(self, field), (True, False))
+        _choice("residual_before_ln", self.residual_before_ln, (True, False, "post_add"))
+        if self.residual_before_ln == "post_add" and not self.original_ln_before:
+            raise ValueError("residual_before_ln: 'post_add' is accepted only with original_ln_before=True")
+        if self.parallel and self.original_ln_before:
+            raise ValueError("original_ln_before: True is accepted only with parallel=False")
+        _choice("train_layer_norm", self.train_layer_norm, LAYER_NORMS)
+
+    def _check_width(self) -> None:
+        if self.bottleneck is not None and self.reduction_factor is not None:
+            raise ValueError("bottleneck, reduction_factor: got both; accepted is one of them")
+        if self.bottleneck is None and self.reduction_factor is None:
+            raise ValueError("bottleneck: got None and no reduction_factor; accepted is one of them")
+        if self.bottleneck is not None:
+            if isinstance(self.bottleneck, bool) or not isinstance(self.bottleneck, int):
+                raise TypeError(f"bottleneck: got {self.bottleneck!r}; accepted is an int of at least 1")
+            if self.bottleneck < 1:
+                raise ValueError(f"bottleneck: got {self.bottleneck}; accepted is an int of at least 1")
+            return
+        if isinstance(self.reduction_factor, Mapping):
+            object.__setattr__(self, "reduction_factor", {str(k): v for k, v in self.reduction_factor.items()})
+            values = list(self.reduction_factor.values())
+        else:
+            values = [self.reduction_factor]
+        if not values or not all(_is_number(v) and v > 0 for v in values):
+            raise ValueError(
+                f"reduction_factor: got {self.reduction_factor!r}; accepted are a number above 0, or a mapping from "
+                "layers and 'default' to such numbers"
+            )
+
+    def _check_placements(self) -> None:
+        placements = (self.placements,) if isinstance(self.placements, str) else tuple(self.placements)
+        unknown = [p for p in placements if p not in PLACEMENTS]
+        if unknown or not placements or len(set(placements)) != len(placements):
+            accepted = ", ".join(PLACEMENTS)
+            raise ValueError(f"placements: got {self.placements!r}; accepted are one or both of {accepted}")
+        object.__setattr__(self, "placements", placements)
+
+    def _check_leave_out(self) -> None:
+        try:
+            layers = tuple(self.leave_out)
+        except TypeError:
+            raise TypeError(f"leave_out: got {self.leave_out!r}; accepted is a list of layer numbers") from None
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
+            raise ValueError(f"leave_out: got {self.leave_out!r}; accepted are layer numbers counted from 0")
+        object.__setattr__(self, "leave_out", tuple(sorted(set(layers))))
+
+    def width(self, layer: int, hidden: int) -> int:
+        """b in this layer of a model of this hidden size."""
+        if self.bottleneck is not None:
+            return self.bottleneck
+        factor = self.reduction_factor
+        if isinstance(factor, Mapping):
+            if str(layer) not in factor and "default" not in factor:
+                raise ValueError(f"reduction_factor: got {factor!r}, which names neither layer {layer} nor 'default'")
+            factor = factor.get(str(layer), factor.get("default"))
+        return max(int(hidden // factor), 1)
+
+    def _default_width(self, **fields: Any) -> None:
+        """A preset's width, where the caller gave none."""
+        if self.bottleneck is None and self.reduction_factor is None:
+            for field, value in fields.items():
+                object.__setattr__(self, field, value)
+
+
+@dataclass(frozen=True)
+class HoulsbyConfig(BottleneckConfig):
+    """y = LN(A(f) + x) after both sublayers; own copies of the encoder's LayerNorms train (arXiv:1902.00751).
+
+    ``bottleneck`` is 64 where neither it nor ``reduction_factor`` is given. Other fields: :class:`BottleneckConfig`.
+    """
+
+    activation: str = "gelu"
+    train_layer_norm: Literal["none", "encoder", "all"] = "encoder"
+
+    def __post_init__(self) -> None:
+        self._default_width(bottleneck=64)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class PfeifferConfig(BottleneckConfig):
+    """y = LN(f + A₁(LN(f + x)) + x) after the feed-forward network, one LN twice (arXiv:2005.00247).
+
+    b is a sixteenth of the hidden size where neither ``bottleneck`` nor ``reduction_factor`` is given.
+    """
+
+    placements: tuple[str, ...] = ("output",)
+    original_ln_before: bool = True
+
+    def __post_init__(self) -> None:
+        self._default_width(reduction_factor=16)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class ParallelConfig(BottleneckConfig):
+    """y = LN(f + s·A₁(x) + x) beside the feed-forward network, s = 4 (scaled parallel adapter, arXiv:2110.04366).
+
+    b is half the hidden size where neither ``bottleneck`` nor ``reduction_factor`` is given.
+    """
+
+    placements: tuple[str, ...] = ("output",)
+    parallel: bool = True
+    scale: float | Literal["learned", "channel"] = 4.0
+    init: Literal["houlsby", "bert", "mam_adapter", "lora"] = "mam_adapter"
+
+    def __post_init__(self) -> None:
+        self._default_width(reduction_factor=2)
+        super().__post_init__()

@@ -1,0 +1,62 @@
+"""What ``fastadapt info`` prints: what is installed, what this machine has, and which backend runs here or why not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from fastadapt import dispatch
+from fastadapt.bench import report
+
+# Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do.
+PROVEN = {
+    "reference": "CPU, in every test; it is what the others are compared with",
+    "cpu": "x86-64 with AVX-512 and AMX; its AVX2 and portable paths by forcing them on that machine",
+    "triton": "the interpreter on a CPU, and compiled offline for sm_80 and sm_90",
+    "cuda": "no CUDA C++ kernel exists yet",
+}
+
+
+def build_report() -> str:
+    """How the C++ kernels came out when this copy was installed."""
+    path = Path(__file__).with_name("build_report.json")
+    if not path.is_file():
+        return "not installed (running from a source tree)"
+    return str(json.loads(path.read_text())["kernels"])
+
+
+def backend_states() -> dict[str, str]:
+    """{backend: "loads" or why it doesn't}."""
+    states = {}
+    for name in dispatch.BACKENDS:
+        loaded = dispatch.load(name)
+        states[name] = "loads" if isinstance(loaded, ModuleType) else str(loaded)
+    return states
+
+
+def text() -> str:
+    """The whole of it, as aligned lines."""
+    lines: list[tuple[str, str]] = []
+    for name, version in report.versions().items():
+        lines.append((name, version or "not installed"))
+    lines.append(("C++ kernels", build_report()))
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    capability = torch.backends.cpu.get_cpu_capability()
+    lines.append(("CPU", f"{report.cpu_model()}, {os.cpu_count()} cores, {capability}{', AMX' if amx else ''}"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            lines.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    else:
+        lines.append(("GPU", "none that this torch can use"))
+    forced = dispatch.forced()
+    lines.append(("forced backend", forced or "none (FASTADAPT_BACKEND or fa.backend forces one)"))
+    for name, state in backend_states().items():
+        lines.append((f"backend {name}", state))
+        lines.append(("", f"proven on: {PROVEN[name]}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)

@@ -1,0 +1,80 @@
+"""Reading and writing the files of an adaptation: whole or not at all, and nothing executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {path} holds a {type(content).__name__}; accepted is a JSON object")
+    return content
+
+
+def read_tensors(folder: Path, safe_name: str, pickle_name: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors of a safetensors file or, without one, of a pickle of tensors and nothing else; None without either.
+
+    Raises:
+        ValueError: for a file that is truncated, corrupted, holds something else than tensors, or NaN or infinity.
+    """
+    file = folder / safe_name
+    try:
+        if file.is_file():
+            tensors = load_file(file, device="cpu")
+        elif pickle_name is not None and (folder / pickle_name).is_file():
+            file = folder / pickle_name
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            return None
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        raise ValueError(f"path: {file} is truncated or corrupted: {error}") from error
+    except Exception as error:  # torch.load's refusal is pickle.UnpicklingError, and whatever a broken pickle provokes
+        raise ValueError(f"path: {file} cannot be read as tensors alone: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"path: {file} does not hold a mapping from names to tensors")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"path: {file} has NaN or infinity in {key}; accepted are finite weights")
+    return tensors
+
+
+def write_folder(folder: Path, files: dict[str, dict[str, Any]], stale: tuple[str, ...]) -> None:
+    """Write JSON (``*.json``) and safetensors files into a folder.
+
+    All are written beside it first and then moved in, each in one step; a failure on the way leaves the folder as it
+    was. Files named in ``stale`` and not written now are removed, other files stay.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            if name.endswith(".json"):
+                text = json.dumps(content, indent=2, sort_keys=True)
+                (beside / name).write_text(text + "\n", encoding="utf-8")
+            else:
+                # Copies: safetensors refuses tensors that share memory, and any that are not contiguous.
+                tensors = {key: t.detach().cpu().contiguous().clone() for key, t in content.items()}
+                save_file(tensors, beside / name, metadata={"format": "pt"})
+        folder.mkdir(exist_ok=True)
+        # Weights before the configuration that announces them.
+        for name in sorted(files, key=lambda n: n.endswith(".json")):
+            os.replace(beside / name, folder / name)
+        for name in stale:
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

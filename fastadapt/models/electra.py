@@ -1,0 +1,69 @@
+"""ELECTRA."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.electra import modeling_electra as hf
+
+from fastadapt.models.wiring import Wiring
+from fastadapt.modules.heads import HeadSlot, LinearHead
+from fastadapt.modules.sublayers import (
+    FusedEmbeddings,
+    FusedIntermediate,
+    FusedNorm,
+    FusedOutput,
+    FusedSelfAttention,
+)
+
+
+class FusedElectraEmbeddings(FusedEmbeddings, hf.ElectraEmbeddings):
+    """Fused :class:`ElectraEmbeddings`."""
+
+
+class FusedElectraSelfAttention(FusedSelfAttention, hf.ElectraSelfAttention):
+    """Fused :class:`ElectraSelfAttention`."""
+
+
+class FusedElectraSelfOutput(FusedOutput, hf.ElectraSelfOutput):
+    """Fused :class:`ElectraSelfOutput`."""
+
+
+class FusedElectraIntermediate(FusedIntermediate, hf.ElectraIntermediate):
+    """Fused :class:`ElectraIntermediate`."""
+
+
+class FusedElectraOutput(FusedOutput, hf.ElectraOutput):
+    """Fused :class:`ElectraOutput`."""
+
+
+class ElectraClassificationSlot(HeadSlot, hf.ElectraClassificationHead):
+    """Slot of the sequence-classification head."""
+
+
+class ElectraDiscriminatorSlot(HeadSlot, hf.ElectraDiscriminatorPredictions):
+    """Slot of the discriminator's head."""
+
+
+class ElectraGeneratorSlot(HeadSlot, hf.ElectraGeneratorPredictions):
+    """Slot of the first half of the masked-language-model head; the second is a linear layer."""
+
+
+WIRING = Wiring(
+    base=hf.ElectraModel,
+    fused={
+        hf.ElectraEmbeddings: FusedElectraEmbeddings,
+        nn.LayerNorm: FusedNorm,
+        hf.ElectraSelfAttention: FusedElectraSelfAttention,
+        hf.ElectraSelfOutput: FusedElectraSelfOutput,
+        hf.ElectraIntermediate: FusedElectraIntermediate,
+        hf.ElectraOutput: FusedElectraOutput,
+    },
+    heads={
+        nn.Linear: LinearHead,
+        hf.ElectraClassificationHead: ElectraClassificationSlot,
+        hf.ElectraDiscriminatorPredictions: ElectraDiscriminatorSlot,
+        hf.ElectraGeneratorPredictions: ElectraGeneratorSlot,
+    },
+    slots=("classifier", "qa_outputs", "discriminator_predictions", "generator_predictions", "generator_lm_head"),
+    hub_name="electra",
+)

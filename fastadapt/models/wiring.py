@@ -1,0 +1,133 @@
+"""What an architecture has to say about itself, and how its model is walked.
+
+A sublayer is fused by giving the module a class that subclasses its own (``module.__class__ = ...``): parameters,
+names, ``isinstance``, copies, pickles and hooks go on as before, and giving the class back undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from torch import nn
+from transformers import activations
+
+from fastadapt.modules.sublayers import FusedOutput, FusedSublayer, name_activation
+
+for _kind, _name in (
+    (activations.NewGELUActivation, "gelu_new"),
+    (activations.FastGELUActivation, "gelu_new"),
+    (activations.AccurateGELUActivation, "gelu_new"),
+    (activations.GELUTanh, "gelu_new"),
+    (activations.GELUActivation, "gelu"),
+    (activations.SiLUActivation, "silu"),
+    (activations.LinearActivation, "none"),
+):
+    name_activation(_kind, _name)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """One architecture.
+
+    Args:
+        base: class of the bare model.
+        fused: original class -> fused class, matched by exact type; every class that may stand at a path below.
+        heads: original class -> class of the head's slot.
+        slots: attributes of a model that may hold (a part of) its head.
+        layers: path of the list of layers in the base model.
+        attention, attention_output, intermediate, output: paths in a layer.
+        embeddings: path in the base model; its LayerNorm is the attribute ``LayerNorm``.
+        hub_name: prefix of the base model in AdapterHub's keys.
+    """
+
+    base: type[nn.Module]
+    fused: Mapping[type, type]
+    heads: Mapping[type, type]
+    slots: tuple[str, ...]
+    hub_name: str
+    layers: str = "encoder.layer"
+    attention: str = "attention.self"
+    attention_output: str = "attention.output"
+    intermediate: str = "intermediate"
+    output: str = "output"
+    embeddings: str = "embeddings"
+    original: Mapping[type, type] = field(init=False)  # fused class -> original class
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "original", {new: old for old, new in {**self.fused, **self.heads}.items()})
+
+    def base_of(self, model: nn.Module) -> nn.Module:
+        """The bare model in ``model``, or itself."""
+        base = model if isinstance(model, self.base) else getattr(model, getattr(model, "base_model_prefix", ""), None)
+        if not isinstance(base, self.base):
+            # Wrapped by another library: there is one somewhere below.
+            found = [m for m in model.modules() if isinstance(m, self.base)]
+            if len(found) != 1:
+                raise ValueError(
+                    f"model: {type(model).__name__} holds {len(found)} {self.base.__name__}; accepted is exactly one"
+                )
+            base = found[0]
+        return base
+
+    def layers_of(self, base: nn.Module) -> list[nn.Module]:
+        return list(attrgetter(self.layers)(base))
+
+    def sublayers(self, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of everything that may be fused, from the input up."""
+        embeddings = attrgetter(self.embeddings)(base)
+        yield self.embeddings, embeddings
+        yield f"{self.embeddings}.LayerNorm", embeddings.LayerNorm
+        for i, layer in enumerate(self.layers_of(base)):
+            for path in (self.attention, self.attention_output, self.intermediate, self.output):
+                yield f"{self.layers}.{i}.{path}", attrgetter(path)(layer)
+
+    def fuse(self, base: nn.Module) -> None:
+        """Give every sublayer its fused class; what is of an unknown class stays as it is."""
+        for _, module in self.sublayers(base):
+            fused = self.fused.get(type(module))
+            if fused is not None:
+                module.__class__ = fused
+
+    def open_slots(self, model: nn.Module) -> None:
+        for module in self.slots_of(model).values():
+            slot = self.heads.get(type(module))
+            if slot is not None:
+                module.__class__ = slot
+
+    def restore(self, model: nn.Module) -> None:
+        """Give every module of the model its original class and forget what ran in it."""
+        for module in model.modules():
+            original = self.original.get(type(module))
+            if original is None:
+                continue
+            module.__class__ = original
+            for attribute in ("active_site", "active_head", "first_layer", "adapted"):
+                module.__dict__.pop(attribute, None)
+
+    def slots_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The parts of the model's head, by attribute; none for a bare model."""
+        if isinstance(model, self.base):
+            return {}
+        return {name: model._modules[name] for name in self.slots if model._modules.get(name) is not None}
+
+    def is_fused(self, base: nn.Module) -> bool:
+        return any(isinstance(module, FusedSublayer) for _, module in self.sublayers(base))
+
+    def unwired(self, model: nn.Module) -> list[str]:
+        """Paths at which an adaptation needs a fused class, but the module there is of a class without one."""
+        base = self.base_of(model)
+        needed = {f"{self.layers}.{i}.{p}" for i in range(len(self.layers_of(base)))
+                  for p in (self.attention_output, self.output)}  # fmt: skip
+        missing = [
+            f"{path} ({type(m).__name__})"
+            for path, m in self.sublayers(base)
+            if path in needed and type(m) not in self.fused and not isinstance(m, FusedOutput)
+        ]
+        return missing + [
+            f"{name} ({type(m).__name__})"
+            for name, m in self.slots_of(model).items()
+            if type(m) not in self.heads and type(m) not in self.original
+        ]
+

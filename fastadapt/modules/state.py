@@ -1,0 +1,110 @@
+"""Where the adaptations of a model live: one container, a registered child of the top-level model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from fastadapt.modules.bottleneck import Site
+
+CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
+
+
+class Branch(nn.Module):
+    """A step on the path to a site; it computes nothing."""
+
+
+class Adaptation(Branch):
+    """One named adaptation: its sites under the base's own paths, and its head.
+
+    Args:
+        config: what it was made from.
+        sites: path in the base model -> what the adaptation owns there.
+        head: its head, or None for a model without one.
+        trainable: whether activating it makes it train.
+        num_labels: width of the head, where the model has such a thing.
+        problem_type: what the model's configuration says, or will find out, about this head's loss.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        sites: dict[str, nn.Module],
+        head: nn.Module | None,
+        *,
+        trainable: bool,
+        num_labels: int | None,
+        problem_type: str | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.trainable = trainable
+        self.num_labels = num_labels
+        self.problem_type = problem_type
+        for path, site in sites.items():
+            attach(self, path, site)
+        if head is not None:
+            self.add_module("head", head)
+
+    def sites(self) -> dict[str, Site]:
+        return {path: m for path, m in self.named_modules() if isinstance(m, Site)}
+
+    def own_head(self) -> nn.Module | None:
+        return self._modules.get("head")
+
+
+def attach(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register ``module`` under a dotted path, making the branches on the way."""
+    *way, last = path.split(".")
+    for step in way:
+        if step not in root._modules:
+            root.add_module(step, Branch())
+        root = root._modules[step]
+    root.add_module(last, module)
+
+
+class Adaptations(nn.Module):
+    """The container. Its children are the adaptations, by name, so that keys read ``fastadapt.<name>.<path>``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: str | None = None
+        self.skipped: tuple[int, ...] = ()
+        self.base_requires_grad: dict[str, bool] = {}  # before the first adaptation froze them
+        self.base_problem_type: str | None = None
+        self.base_num_labels: int | None = None
+
+    # Children go into _modules directly: add_module would refuse a task called "training" or "forward".
+    def add(self, name: str, adaptation: Adaptation) -> None:
+        self._modules[name] = adaptation
+
+    def drop(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Adaptation:
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def container_of(model: nn.Module) -> Adaptations | None:
+    """The model's container, if it was ever adapted."""
+    container = getattr(model, "_modules", {}).get(CONTAINER)
+    return container if isinstance(container, Adaptations) else None
+
+
+def own_labels(model: nn.Module) -> tuple[int | None, str | None]:
+    """(number of labels, problem type) of the model's own head, whichever adaptation is active."""
+    container = container_of(model)
+    if container is not None and container.active is not None:
+        return container.base_num_labels, container.base_problem_type
+    return model.__dict__.get("num_labels"), getattr(model.config, "problem_type", None)
