@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be here, and table what each costs: registers, spills, memory.
 
     python -m benchmarks.triton_compile                      # the whole table, written beside the other results
-    python -m benchmarks.triton_compile --only bottleneck --hidden 768 --arch 90
+    python -m benchmarks.triton_compile --only bottleneck --hidden 768 --arch 90     # some of it, printed
 
 The launches are recorded, not copied: the ops' own host functions run on meta tensors with the architecture set, and
 what they would launch is specialised as Triton's JIT does (pointers and sizes divisible by 16, ones as constants).
@@ -253,18 +253,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--hidden", type=int, choices=HIDDEN)
     parser.add_argument("--bottleneck", type=int, choices=BOTTLENECKS)
+    parser.add_argument("--update", action="store_true", help="put the chosen rows into the table")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args(arguments)
     wanted = [
         c
         for c in cases()
         if c.op.startswith(chosen.only)
-        and all(v is None or v == getattr(c, n) for n, v in vars(chosen).items() if n not in ("only", "processes"))
+        and all(
+            v is None or v == getattr(c, n) for n, v in vars(chosen).items() if n not in ("only", "update", "processes")
+        )
     ]
     rows = table(wanted, chosen.processes)
     if len(wanted) == len(list(cases())):
         write(rows)
         print(f"wrote {TABLE}")
+    elif chosen.update:
+        version, known = read()
+        if version != triton.__version__:
+            parser.error(f"the table is of Triton {version}, not {triton.__version__}: write it whole")
+        fresh = {row.key: row for row in rows}
+        write([fresh.get(row.key, row) for row in known])
+        print(f"updated {len(fresh)} rows of {TABLE}")
     else:
         print("op kernel arch dtype hidden bottleneck rows warps stages registers spill_stores spill_loads shared")
         for row in rows:

@@ -135,7 +135,7 @@ def forward(
         WIDTH=launch.power_of_two(b), ROWS=tile.rows, COLS=tile.cols, ACTIVATION=activation,
         DOWN_BIAS=b_down is not None, UP_BIAS=b_up is not None, VECTOR=scale_vector is not None, SKIP=skip,
         RESIDUAL=residual is not None, NORM=norm, DROPOUT=dropout.on, SAVE=save,
-        PRECISION=launch.precision(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=launch.precision(x.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return y, z, s
 
@@ -338,7 +338,7 @@ def backward(
             COLS=tile.cols, ACTIVATION=activation, VECTOR=scale_vector is not None, SKIP=skip, NORM=norm,
             DROPOUT=dropout.on, WRITE_DS=ds is not dy, FOR_WEIGHTS=need_dweights, NEED_DX=need_dx,
             NEED_DNORM=need_dnorm, PRECISION=launch.precision(dy.dtype), num_warps=tile.warps,
-            num_stages=tile.stages, maxnreg=launch.REGISTERS,
+            num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         if need_dnorm:
             norm_gradients = ordered_sum(partial, norm_shapes)

@@ -24,8 +24,7 @@ class Architecture:
 SM_80 = Architecture("sm_80", 163 * 1024, 108)
 SM_86 = Architecture("sm_86", 99 * 1024, 84)
 SM_90 = Architecture("sm_90", 227 * 1024, 132)
-# What a thread may have. Said aloud, because ptxas otherwise aims at an occupancy of its own and spills for it.
-REGISTERS = 255
+_MOST_REGISTERS = 255
 
 # Few, wide programs: the interpreter pays for every operation, not for its size.
 INTERPRETER = Architecture("interpreter", 1 << 30, 2)
@@ -77,12 +76,16 @@ def _deepest(arch: Architecture, fixed: int, a_stage: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class RowTile:
-    """A program holds ``rows`` rows and walks over H in steps of ``cols`` (a multiple of the dropout's 64)."""
+    """A program holds ``rows`` rows and walks over H in steps of ``cols`` (a multiple of the dropout's 64).
+
+    ``registers`` is said to the compiler where it would otherwise aim at an occupancy of its own and spill for it.
+    """
 
     rows: int
     cols: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int, *, backward: bool) -> RowTile:
@@ -91,7 +94,7 @@ def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int,
     if arch is INTERPRETER:
         return RowTile(rows=16 if backward else 64, cols=256, warps=1, stages=1)
     if bytes_ == 4:  # no tensor cores in IEEE float32: operands live in registers
-        return RowTile(rows=16, cols=64, warps=8 if width >= 128 else 4, stages=1)
+        return RowTile(16, 64, 8 if width >= 128 else 4, 1, _MOST_REGISTERS)
     # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more. Backward keeps dy, x̂ and
     # ds of a block beside its sums, so it has twice the threads for as much, and half the rows for a wide bottleneck.
     widest_of_64 = 128 if backward else 256
@@ -100,7 +103,7 @@ def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int,
     cols = 64
     a_stage = (width + tile) * cols * bytes_
     stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward else 3)
-    return RowTile(tile, cols, warps, stages)
+    return RowTile(tile, cols, warps, stages, _MOST_REGISTERS if backward else None)
 
 
 @dataclass(frozen=True)
