@@ -81,21 +81,22 @@ class Usage:
 # -- what would be launched --------------------------------------------------------------------------------------
 
 
-def _bottleneck(case: Case, forward: bool, training: bool) -> None:
-    dtype = getattr(torch, case.dtype)
+def _bottleneck(case: Case, forward: bool, training: bool, parameters: str | None = None) -> None:
+    """``parameters``: their dtype where it is not the activations' (autocast)."""
 
-    def new(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def new(*shape: int, dtype: str = parameters or case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
     t, h, b = case.rows, case.hidden, case.bottleneck
-    x, w_down, w_up, vector = new(t, h), new(b, h), new(h, b), new(h)
+    x, z = new(t, h, dtype=case.dtype), new(t, b, dtype=case.dtype)
+    w_down, w_up, vector = new(b, h), new(h, b), new(h)
     p, seed = (0.1, torch.empty((), dtype=torch.int64, device="meta")) if training else (0.0, None)
     if forward:
         bottleneck.forward(x, w_down, new(b), w_up, vector, "gelu", 1.0, None, True, x, vector, vector, 1e-12, p, seed,
                            training)  # fmt: skip
     else:
-        bottleneck.backward(x, x, new(t, b), x, w_down, w_up, "gelu", 1.0, None, True, vector, 1e-12, p, seed, True,
-                            True, True, True)  # fmt: skip
+        bottleneck.backward(x, x, z, x, w_down, w_up, "gelu", 1.0, None, True, vector, 1e-12, p, seed, True, True,
+                            True, True)  # fmt: skip
 
 
 def _add_norm(case: Case, forward: bool) -> None:
@@ -126,6 +127,8 @@ OPS: dict[str, Callable[[Case], None]] = {
     "bottleneck inference": lambda case: _bottleneck(case, forward=True, training=False),
     "bottleneck training": lambda case: _bottleneck(case, forward=True, training=True),
     "bottleneck backward": lambda case: _bottleneck(case, forward=False, training=True),
+    "bottleneck autocast training": lambda case: _bottleneck(case, True, True, "float32"),
+    "bottleneck autocast backward": lambda case: _bottleneck(case, False, True, "float32"),
     "add_norm training": lambda case: _add_norm(case, forward=True),
     "add_norm backward": lambda case: _add_norm(case, forward=False),
     "linear training": lambda case: _linear(case, forward=True),
@@ -134,9 +137,11 @@ OPS: dict[str, Callable[[Case], None]] = {
 
 
 def cases() -> Iterator[Case]:
-    """The whole table: few and many rows in 16-bit types, many in float32."""
+    """The whole table: few and many rows in 16-bit types, many in float32 and under autocast."""
     for op, arch, dtype, hidden, rows in itertools.product(OPS, ARCHITECTURES, DTYPES, HIDDEN, ROWS):
         if dtype == "float32" and rows != ROWS[-1]:
+            continue
+        if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
             continue
         for b in BOTTLENECKS if op.startswith("bottleneck") else (0,):
             yield Case(op, arch, dtype, hidden, b, rows)
@@ -273,8 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         if version != triton.__version__:
             parser.error(f"the table is of Triton {version}, not {triton.__version__}: write it whole")
         fresh = {row.key: row for row in rows}
-        write([fresh.get(row.key, row) for row in known])
-        print(f"updated {len(fresh)} rows of {TABLE}")
+        write([fresh.pop(row.key, row) for row in known] + list(fresh.values()))
+        print(f"updated {len(rows)} rows of {TABLE}")
     else:
         print("op kernel arch dtype hidden bottleneck rows warps stages registers spill_stores spill_loads shared")
         for row in rows:

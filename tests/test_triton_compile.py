@@ -23,6 +23,7 @@ SUBSET = [
     ("bottleneck training", 90, "bfloat16", 768, 64, 65536),
     ("bottleneck backward", 90, "float16", 1024, 256, 65536),
     ("bottleneck backward", 80, "bfloat16", 768, 48, 512),
+    ("bottleneck autocast training", 80, "bfloat16", 768, 256, 65536),
     ("add_norm backward", 80, "float16", 768, 0, 65536),
     ("linear training", 90, "bfloat16", 1024, 0, 65536),
 ]
@@ -41,6 +42,9 @@ def test_the_table_holds_every_shape():
     ):
         for rows in (65536,) if dtype == "float32" else (512, 65536):
             assert (op, kernel, arch, dtype, hidden, b, rows) in there
+        if dtype == "bfloat16":
+            autocast = op.replace("inference", "training").replace(" ", " autocast ")
+            assert (autocast, kernel, arch, dtype, hidden, b, 65536) in there
     assert len(there) == len(ROWS)
 
 

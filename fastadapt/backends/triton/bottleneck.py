@@ -122,7 +122,9 @@ def forward(
     s = torch.empty_like(x) if save and norm else x.new_empty(0)
     if rows == 0:
         return y, z, s
-    tile = launch.bottleneck_rows(launch.architecture(x), rows, b, x.element_size(), backward=False)
+    tile = launch.bottleneck_rows(
+        launch.architecture(x), rows, b, x.element_size(), w_down.element_size(), backward=False
+    )
     dropout = Dropout.of(dropout_p, seed)
     w_down, b_down, w_up, b_up, scale_vector, norm_weight, norm_bias = (
         None if p is None else p.contiguous()
@@ -329,7 +331,7 @@ def backward(
     a, dz = (dy.new_empty((rows, b) if need_dweights else (0,)) for _ in range(2))
     norm_gradients = [dy.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if need_dx or need_dweights or (norm and (need_dresidual or need_dnorm)):
-        tile = launch.bottleneck_rows(arch, rows, b, dy.element_size(), backward=True)
+        tile = launch.bottleneck_rows(arch, rows, b, dy.element_size(), w_down.element_size(), backward=True)
         programs = triton.cdiv(rows, tile.rows)
         partial = dy.new_empty((programs, 2 * hidden) if need_dnorm else (0,), dtype=torch.float32)
         rows_kernel[(programs,)](

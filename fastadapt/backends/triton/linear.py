@@ -82,7 +82,7 @@ def forward(x, weights, biases, activation, dropout_p, seed, save):
     first = 0
     for weight, bias in zip(weights, biases, strict=True):
         n = weight.shape[0]
-        tile = launch.linear_product(arch, rows, n, x.element_size())
+        tile = launch.linear_product(arch, rows, n, x.element_size(), weight.element_size())
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(first % 64 + n, tile.cols)
         forward_kernel[(programs,)](
             x, weight.contiguous(), None if bias is None else bias.contiguous(), y, z, dropout.seed, rows, first,
