@@ -139,3 +139,33 @@ def test_triton_refuses_what_does_not_fit(triton_backend):
     assert "bottleneck" in wide
     wide = triton_backend.refusal("add_norm_forward", "cuda", torch.float16, {"hidden": 1 << 20})
     assert "hidden" in wide
+
+
+def test_triton_leaves_a_plain_product_to_the_vendor_library(triton_backend, monkeypatch):
+    from fastadapt.backends.triton import launch, linear
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(launch, "architecture", lambda x: launch.SM_90)
+    monkeypatch.setattr(launch, "linear_product", refuse)
+    x, w, b = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
+    y, z = linear.forward(x, [w, w], [b, None], "none", 0.0, None, True)
+    assert torch.equal(y, torch.cat([torch.nn.functional.linear(x, w, b), x @ w.t()], 1)) and z.numel() == 0
+    with pytest.raises(AssertionError, match="launched"):
+        linear.forward(x, [w], [b], "gelu", 0.0, None, True)
+
+
+def test_on_a_gpu_the_kernels_are_the_ops_cuda_implementations():
+    """What torch.compile sees is the op; the kernel behind it is registered for CUDA tensors."""
+    pytest.importorskip("triton")
+    code = (
+        "import torch, fastadapt.backends.triton as t\n"
+        "for op in ('bottleneck', 'add_norm', 'linear'):\n"
+        "    for direction in ('forward', 'backward'):\n"
+        "        name = f'{op}_{direction}'\n"
+        "        assert torch._C._dispatch_has_kernel_for_dispatch_key(f'fastadapt::{name}', 'CUDA'), name\n"
+        "        assert getattr(t, name) is getattr(torch.ops.fastadapt, name), name\n"
+    )
+    done = _python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import fastadapt as fa
 from fastadapt import dispatch
 from fastadapt.ops import ACTIVATIONS, schemas
 from tests import ops_cases as cases
-from tests.ops_cases import case_id, laid_out, normal, stored
+from tests.ops_cases import case_id, laid_out, normal, stored, without
 
 RUNNERS = cases.runners()
 KERNELS = [r for r in RUNNERS if r.backend != "reference"]
@@ -29,6 +29,10 @@ def _need(runner, op, dtype, **facts):
 
 def _parameter_dtype(case):
     return torch.float32 if case["parameters"] == "float32" else case["dtype"]
+
+
+def _distinct(case):
+    return 1.0 / max(case["rows"], 1) if case["layout"] == "expanded" else 1.0
 
 
 # -- accuracy over the trap cases --------------------------------------------------------------------------------
@@ -56,14 +60,15 @@ def test_bottleneck(runner, case):
             inputs["scale"] = normal(width, std=0.2, mean=1.0, generator=generator)
         return inputs
 
-    def call(x, residual, scale=4.0 if case["scale"] == "float" else 1.0, **parameters):
-        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+    def call(x, residual, scale=4.0 if case["scale"] == "float" else 1.0, pad=0, **parameters):
+        x, residual = laid_out(x, rows, case["layout"], pad), laid_out(residual, rows, case["layout"], pad)
         options = {"activation": case["activation"], "skip": case["skip"], "dropout_p": case["p"], "seed": 11}
         # At p = 1 a LayerNorm without skip or residual would see constant rows, whose gradient is ill-conditioned.
         eps = 1e-12 if case["p"] < 1.0 or case["skip"] or residual is not None else 1e-2
-        return fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
+        y = fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
+        return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel
@@ -81,13 +86,13 @@ def test_add_norm(runner, case):
             "norm_bias": normal(hidden, std=0.2, generator=generator),
         }
 
-    def call(x, residual, **parameters):
-        x, residual = laid_out(x, rows, case["layout"]), laid_out(residual, rows, case["layout"])
+    def call(x, residual, pad=0, **parameters):
+        x, residual = laid_out(x, rows, case["layout"], pad), laid_out(residual, rows, case["layout"], pad)
         eps = 1e-12 if case["p"] < 1.0 or residual is not None else 1e-2
         options = {"dropout_p": case["p"], "seed": 5, "eps": eps, "return_sum": case["return_sum"]}
-        return fa.ops.add_norm(x, residual, **parameters, **options)
+        return without(pad, fa.ops.add_norm(x, residual, **parameters, **options))
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel
@@ -104,15 +109,16 @@ def test_linear(runner, case):
         biases = {f"b{i}": normal(n, generator=generator) for i, n in enumerate(outputs) if biased[i]}
         return {"x": stored(rows, features, case["layout"], generator)} | biases
 
-    def call(x, **biases):
+    def call(x, pad=0, **biases):
         # Frozen weights: rounded as the parameters are, and float64 for the oracle.
         dtype = next((b.dtype for b in biases.values()), x.dtype)
         frozen = [w.to(_parameter_dtype(case)).to(dtype).to(x.device) for w in weights]
-        x = laid_out(x, rows, case["layout"])
+        x = laid_out(x, rows, case["layout"], pad)
         listed = [biases.get(f"b{i}") for i in range(len(outputs))]
-        return fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
+        y = fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
+        return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
 
 
 @every_kernel
@@ -385,10 +391,9 @@ def test_a_dropped_infinity_leaves_no_nan(runner):
 def test_a_large_mean_does_not_swallow_the_variance(runner):
     """The textbook E[s²] - E[s]² loses every digit here; two passes or a shift lose none."""
     _need(runner, "add_norm_forward", torch.float32, hidden=768)
-    generator = torch.Generator().manual_seed(0)
     parameters = {"norm_weight": torch.ones(768), "norm_bias": torch.zeros(768)}
 
-    def build(_):
+    def build(generator):
         return {"x": normal(5, 768, mean=3000.0, generator=generator)}
 
     def call(x):
@@ -398,6 +403,23 @@ def test_a_large_mean_does_not_swallow_the_variance(runner):
         return y, fa.ops.bottleneck(x, zero(8, 768), None, zero(768, 8), None, **moved)
 
     cases.check(runner, call, build, torch.float32, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="12 GiB of activations: a GPU's memory")
+@every_kernel
+def test_offsets_past_two_to_the_31(runner):
+    """The last rows of 2**31 elements and more are what they are alone."""
+    if runner.device != "cuda":
+        pytest.skip("runs on the GPU")
+    hidden, rows, dtype = 1024, 2**21 + 64, torch.bfloat16
+    t = _kernel_inputs("cuda", dtype, rows=64, hidden=hidden, b=16)
+    x = torch.zeros(rows, hidden, dtype=dtype, device="cuda")
+    x[-64:] = t["x"]
+    weights = (t["w_down"], t["b_down"], t["w_up"], t["b_up"])
+    norm = {"norm_weight": t["gamma"], "norm_bias": t["beta"]}
+    with runner.running():
+        for op in (lambda x: fa.ops.bottleneck(x, *weights, **norm), lambda x: fa.ops.add_norm(x, None, **norm)):
+            torch.testing.assert_close(op(x)[-64:], op(x[-64:]))
 
 
 # -- autograd, autocast, checkpointing ---------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return f"no Triton kernels for device {device_type!r}; there are for cuda"
     if device_type == "cuda" and INTERPRETED.value:
         return "Triton's interpreter is on (TRITON_INTERPRET=1) and takes CPU tensors only"
-    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    if device_type == "cuda" and torch.cuda.get_device_properties().major < 8:
         return "Triton kernels need compute capability 8.0"
     return None
 

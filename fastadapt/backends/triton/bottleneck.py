@@ -9,7 +9,7 @@
 
 Forward is one kernel: a program holds the bottleneck of its rows and walks twice over H, down and up. LayerNorm's
 statistics gather on the way up (Chan et al. 1979, the pairwise update), and a last walk normalises what is still in
-cache. Backward is a kernel over rows and one over the columns of the weights, which sum split rows in order.
+cache. Backward is a kernel over rows, and one over tiles of the weights whose split rows are summed in order.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def forward_kernel(
     # σ(0) may be more than 0: neurons that do not exist are cleared after it.
     a = rounded(tl.where(exists[None, :], activate(z.to(tl.float32), ACTIVATION), 0.0), dtype)
 
-    mean = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)  # Σ (s - mean)² of the columns so far
+    shift = tl.zeros((ROWS,), tl.float32)  # the first columns' mean; a large mean would lose its digits in the update
+    mean = tl.zeros((ROWS,), tl.float32)  # of s - shift, of the columns so far
+    squares = tl.zeros((ROWS,), tl.float32)  # Σ (s - shift - mean)²
     for start in range(0, H, COLS):
         col, col_inside = _columns(start, H, COLS)
         at = row[:, None] * H + col[None, :]
@@ -86,6 +87,9 @@ def forward_kernel(
             s = s.to(tl.float32)
             count = tl.minimum(H - start, COLS).to(tl.float32)
             share = count / (start + count)
+            if start == 0:
+                shift = tl.sum(tl.where(col_inside[None, :], s, 0.0), 1) / count
+            s -= shift[:, None]
             block_mean = tl.sum(tl.where(col_inside[None, :], s, 0.0), 1) / count
             centred = tl.where(col_inside[None, :], s - block_mean[:, None], 0.0)
             step = block_mean - mean
@@ -102,7 +106,7 @@ def forward_kernel(
             s = tl.load(s_out + at, mask=inside, other=0.0).to(tl.float32)
             gamma = tl.load(norm_weight + col, mask=col_inside, other=0.0).to(tl.float32)
             beta = tl.load(norm_bias + col, mask=col_inside, other=0.0).to(tl.float32)
-            out = (s - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            out = (s - shift[:, None] - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
             tl.store(y + at, rounded(out, dtype), mask=inside)
 
 
@@ -118,7 +122,9 @@ def forward(
     s = torch.empty_like(x) if save and norm else x.new_empty(0)
     if rows == 0:
         return y, z, s
-    tile = launch.bottleneck_rows(launch.architecture(x), rows, b, x.element_size(), backward=False)
+    tile = launch.bottleneck_rows(
+        launch.architecture(x), rows, b, x.element_size(), w_down.element_size(), backward=False
+    )
     dropout = Dropout.of(dropout_p, seed)
     w_down, b_down, w_up, b_up, scale_vector, norm_weight, norm_bias = (
         None if p is None else p.contiguous()
@@ -131,21 +137,21 @@ def forward(
         WIDTH=launch.power_of_two(b), ROWS=tile.rows, COLS=tile.cols, ACTIVATION=activation,
         DOWN_BIAS=b_down is not None, UP_BIAS=b_up is not None, VECTOR=scale_vector is not None, SKIP=skip,
         RESIDUAL=residual is not None, NORM=norm, DROPOUT=dropout.on, SAVE=save,
-        PRECISION=launch.precision(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=launch.precision(x.dtype), num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return y, z, s
 
 
 @triton.jit
 def rows_kernel(
-    dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, dz_out, partial, seed, rows, scale, eps, least,
-    factor, blocks_a_row,
+    dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, a_out, dz_out, partial, seed, rows, scale, eps,
+    least, factor, blocks_a_row,
     H: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, SKIP: tl.constexpr, NORM: tl.constexpr,
-    DROPOUT: tl.constexpr, WRITE_DS: tl.constexpr, WRITE_DZ: tl.constexpr, NEED_DX: tl.constexpr,
+    DROPOUT: tl.constexpr, WRITE_DS: tl.constexpr, FOR_WEIGHTS: tl.constexpr, NEED_DX: tl.constexpr,
     NEED_DNORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ds, dz and dx of a tile of rows, and its part of dγ and dβ."""
+    """ds, dx and, for the weights' gradients, a and dz of a tile of rows; its part of dγ and dβ."""
     dtype = dy.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row = program * ROWS + tl.arange(0, ROWS)
@@ -153,14 +159,15 @@ def rows_kernel(
     row_inside = (row < rows)[:, None]
     exists = neuron < B
 
-    mean = tl.zeros((ROWS,), tl.float32)
+    shift = tl.zeros((ROWS,), tl.float32)  # the first columns' mean, as in forward
+    mean = tl.zeros((ROWS,), tl.float32)  # of s - shift
     rstd = tl.zeros((ROWS,), tl.float32)
     mean_d = tl.zeros((ROWS,), tl.float32)
     along = tl.zeros((ROWS,), tl.float32)  # mean(d x̂)
     if NORM:
         squares = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)  # Σ d
-        moment = tl.zeros((ROWS,), tl.float32)  # Σ d (s - mean), with the mean of the columns so far
+        moment = tl.zeros((ROWS,), tl.float32)  # Σ d (s - shift - mean), with the mean of the columns so far
         for start in range(0, H, COLS):
             col, col_inside = _columns(start, H, COLS)
             at = row[:, None] * H + col[None, :]
@@ -170,6 +177,9 @@ def rows_kernel(
             d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * gamma[None, :]
             count = tl.minimum(H - start, COLS).to(tl.float32)
             share = count / (start + count)
+            if start == 0:
+                shift = tl.sum(v, 1) / count
+            v = tl.where(col_inside[None, :], v - shift[:, None], 0.0)
             block_mean = tl.sum(v, 1) / count
             centred = tl.where(col_inside[None, :], v - block_mean[:, None], 0.0)
             block_total = tl.sum(d, 1)
@@ -192,31 +202,34 @@ def rows_kernel(
         if NORM:
             v = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
             gamma = tl.load(norm_weight + col, mask=col_inside, other=0.0).to(tl.float32)
-            normalised = (v - mean[:, None]) * rstd[:, None]
+            normalised = (v - shift[:, None] - mean[:, None]) * rstd[:, None]
             if NEED_DNORM:
                 tl.store(partial + program * (2 * H) + col, tl.sum(g * normalised, 0), mask=col_inside)
                 tl.store(partial + program * (2 * H) + H + col, tl.sum(g, 0), mask=col_inside)
             g = rstd[:, None] * (g * gamma[None, :] - mean_d[:, None] - normalised * along[:, None])
             if WRITE_DS:
                 tl.store(ds + at, rounded(g, dtype), mask=inside)
-        if NEED_DX or WRITE_DZ:
+        if NEED_DX or FOR_WEIGHTS:
             if DROPOUT:
                 g = drop(g, tl.load(seed), row, start, blocks_a_row, least, factor, ROWS, COLS)
             g *= scale
             if VECTOR:
                 g *= tl.load(scale_vector + col, mask=col_inside, other=0.0).to(tl.float32)[None, :]
-            w = tl.load(w_up + col[:, None] * B + neuron[None, :], mask=col_inside[:, None] & exists[None, :], other=0.0)
+            w = tl.load(
+                w_up + col[:, None] * B + neuron[None, :], mask=col_inside[:, None] & exists[None, :], other=0.0
+            )
             # x̂ of columns past H is not zero: a select, since their weight's zero would not hide a NaN.
             g = rounded(tl.where(inside, g, 0.0), dtype)
             da = dot(g, rounded(w, dtype), da, PRECISION)
 
-    if NEED_DX or WRITE_DZ:
+    if NEED_DX or FOR_WEIGHTS:
         at_neuron = row[:, None] * B + neuron[None, :]
         neuron_inside = row_inside & exists[None, :]
         pre = tl.load(z + at_neuron, mask=neuron_inside, other=0.0).to(tl.float32)
         dz = rounded(tl.where(neuron_inside, da * derivative(pre, ACTIVATION), 0.0), dtype)
-        if WRITE_DZ:
+        if FOR_WEIGHTS:
             tl.store(dz_out + at_neuron, dz, mask=neuron_inside)
+            tl.store(a_out + at_neuron, rounded(activate(pre, ACTIVATION), dtype), mask=neuron_inside)
         if NEED_DX:
             if NORM and SKIP:
                 tl.debug_barrier()  # ds was written by every thread of this program
@@ -236,9 +249,9 @@ def rows_kernel(
 
 @triton.jit
 def weights_kernel(
-    ds, x, z, dz, partial, seed, rows, rows_a_split, least, factor, blocks_a_row,
+    ds, x, a, dz, partial, seed, rows, rows_a_split, least, factor, blocks_a_row,
     H: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, NEED_DOWN: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, NEED_DOWN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split's part of [dW_down, db_down, dW_up / scale, db_up / scale], which lie in this order."""
     dtype = ds.dtype.element_ty
@@ -261,19 +274,18 @@ def weights_kernel(
         inside = row_inside & col_inside[None, :]
         at_neuron = row[:, None] * B + neuron[None, :]
         neuron_inside = row_inside & exists[None, :]
-        dh = tl.load(dz + at_neuron, mask=neuron_inside, other=0.0)
-        down_bias += tl.sum(dh.to(tl.float32), 0)
+        d = tl.load(dz + at_neuron, mask=neuron_inside, other=0.0)
+        down_bias += tl.sum(d.to(tl.float32), 0)
         if NEED_DOWN:
             tile = tl.load(x + at, mask=inside, other=0.0)
-            down = dot(tl.trans(dh), tile, down, PRECISION)
-        pre = tl.load(z + at_neuron, mask=neuron_inside, other=0.0).to(tl.float32)
-        a = rounded(tl.where(neuron_inside, activate(pre, ACTIVATION), 0.0), dtype)
+            down = dot(tl.trans(d), tile, down, PRECISION)
+        activated = tl.load(a + at_neuron, mask=neuron_inside, other=0.0)
         g = tl.load(ds + at, mask=inside, other=0.0)
         if DROPOUT:
             g = drop(g.to(tl.float32), tl.load(seed), row, start, blocks_a_row, least, factor, ROWS, COLS)
             g = rounded(g, dtype)
         up_bias += tl.sum(g.to(tl.float32), 0)
-        up = dot(tl.trans(g), a, up, PRECISION)
+        up = dot(tl.trans(g), activated, up, PRECISION)
 
     mine = partial + split * (2 * B * H + B + H)
     if NEED_DOWN:
@@ -316,18 +328,19 @@ def backward(
         ds = dresidual
     elif need_dweights or (need_dx and skip):
         ds = torch.empty_like(dy)
-    dz = dy.new_empty((rows, b) if need_dweights else (0,))
+    a, dz = (dy.new_empty((rows, b) if need_dweights else (0,)) for _ in range(2))
     norm_gradients = [dy.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if need_dx or need_dweights or (norm and (need_dresidual or need_dnorm)):
-        tile = launch.bottleneck_rows(arch, rows, b, dy.element_size(), backward=True)
+        tile = launch.bottleneck_rows(arch, rows, b, dy.element_size(), w_down.element_size(), backward=True)
         programs = triton.cdiv(rows, tile.rows)
         partial = dy.new_empty((programs, 2 * hidden) if need_dnorm else (0,), dtype=torch.float32)
         rows_kernel[(programs,)](
-            dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, dz, partial, dropout.seed, rows, scale, eps,
+            dy, z, s, w_down, w_up, scale_vector, norm_weight, dx, ds, a, dz, partial, dropout.seed, rows, scale, eps,
             dropout.least, dropout.factor, blocks_a_row, H=hidden, B=b, WIDTH=launch.power_of_two(b), ROWS=tile.rows,
             COLS=tile.cols, ACTIVATION=activation, VECTOR=scale_vector is not None, SKIP=skip, NORM=norm,
-            DROPOUT=dropout.on, WRITE_DS=ds is not dy, WRITE_DZ=need_dweights, NEED_DX=need_dx, NEED_DNORM=need_dnorm,
-            PRECISION=launch.precision(dy.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            DROPOUT=dropout.on, WRITE_DS=ds is not dy, FOR_WEIGHTS=need_dweights, NEED_DX=need_dx,
+            NEED_DNORM=need_dnorm, PRECISION=launch.precision(dy.dtype), num_warps=tile.warps,
+            num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
         if need_dnorm:
             norm_gradients = ordered_sum(partial, norm_shapes)
@@ -340,8 +353,8 @@ def backward(
         if not need_down:
             partial[:, : b * hidden].zero_()
         weights_kernel[(triton.cdiv(hidden, tile.cols), triton.cdiv(b, tile.bottleneck), tile.splits)](
-            ds, x, z, dz, partial, dropout.seed, rows, tile.rows_a_split, dropout.least, dropout.factor, blocks_a_row,
-            H=hidden, B=b, ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.bottleneck, ACTIVATION=activation,
+            ds, x, a, dz, partial, dropout.seed, rows, tile.rows_a_split, dropout.least, dropout.factor, blocks_a_row,
+            H=hidden, B=b, ROWS=tile.rows, COLS=tile.cols, WIDTH=tile.bottleneck,
             DROPOUT=dropout.on, NEED_DOWN=need_down, PRECISION=launch.precision(dy.dtype), num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip

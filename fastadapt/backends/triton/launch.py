@@ -19,13 +19,16 @@ class Architecture:
     name: str
     shared_bytes: int  # that one program may take
     processors: int
+    asynchronous: bool  # matrix instructions read shared memory while the next stage is on its way into it
 
 
-SM_80 = Architecture("sm_80", 163 * 1024, 108)
-SM_86 = Architecture("sm_86", 99 * 1024, 84)
-SM_90 = Architecture("sm_90", 227 * 1024, 132)
+SM_80 = Architecture("sm_80", 163 * 1024, 108, False)
+SM_86 = Architecture("sm_86", 99 * 1024, 84, False)
+SM_90 = Architecture("sm_90", 227 * 1024, 132, True)
+_MOST_REGISTERS = 255
+
 # Few, wide programs: the interpreter pays for every operation, not for its size.
-INTERPRETER = Architecture("interpreter", 1 << 30, 2)
+INTERPRETER = Architecture("interpreter", 1 << 30, 2, False)
 
 
 @lru_cache
@@ -65,8 +68,12 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def _deepest(arch: Architecture, fixed: int, a_stage: int, most: int) -> int:
-    """As many pipeline stages as shared memory holds."""
-    return max([n for n in range(1, most + 1) if fixed + n * a_stage <= arch.shared_bytes], default=1)
+    """As many pipeline stages as shared memory holds; before sm_90 the stage at work lies in registers."""
+
+    def taken(stages: int) -> int:
+        return fixed + a_stage * (stages if arch.asynchronous else max(stages - 1, 1))
+
+    return max([n for n in range(1, most + 1) if taken(n) <= arch.shared_bytes], default=1)
 
 
 # -- bottleneck --------------------------------------------------------------------------------------------------
@@ -74,28 +81,40 @@ def _deepest(arch: Architecture, fixed: int, a_stage: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class RowTile:
-    """A program holds ``rows`` rows and walks over H in steps of ``cols`` (a multiple of the dropout's 64)."""
+    """A program holds ``rows`` rows and walks over H in steps of ``cols`` (a multiple of the dropout's 64).
+
+    ``registers`` is said to the compiler where it would otherwise aim at an occupancy of its own and spill for it.
+    """
 
     rows: int
     cols: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-def bottleneck_rows(arch: Architecture, rows: int, bottleneck: int, bytes_: int, *, backward: bool) -> RowTile:
-    """Tile of the forward kernel and of the backward kernel that walk over H with the bottleneck held."""
+def bottleneck_rows(
+    arch: Architecture, rows: int, bottleneck: int, bytes_: int, weight_bytes: int, *, backward: bool
+) -> RowTile:
+    """Tile of the forward kernel and of the backward kernel that walk over H with the bottleneck held.
+
+    ``bytes_`` and ``weight_bytes`` are an element's: under autocast weights are wider than activations.
+    """
     width = power_of_two(bottleneck)
     if arch is INTERPRETER:
         return RowTile(rows=16 if backward else 64, cols=256, warps=1, stages=1)
     if bytes_ == 4:  # no tensor cores in IEEE float32: operands live in registers
-        return RowTile(rows=16, cols=64, warps=8 if width >= 128 else 4, stages=1)
-    # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more.
-    tile = 64 if rows >= 64 * arch.processors and width <= 256 else 16 if width <= 64 else 32
-    warps = 8 if width >= 256 or (tile == 64 and width >= 128) else 4
+        return RowTile(16, 64, 8 if width >= 128 else 4, 1, _MOST_REGISTERS)
+    # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more. Backward keeps dy, x̂ and
+    # ds of a block beside its sums, so it has twice the threads for as much, and half the rows for a wide bottleneck.
+    widest_of_64 = 128 if backward else 256
+    many = rows >= 64 * arch.processors
+    tile = 64 if many and width <= widest_of_64 else 16 if width <= 64 or (backward and width > 256) else 32
+    warps = 8 if width >= 256 or (tile == 64 and (width >= 128 or backward)) else 4
     cols = 64
-    a_stage = (width + tile) * cols * bytes_
+    a_stage = (width * weight_bytes + tile * bytes_) * cols
     stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward else 3)
-    return RowTile(tile, cols, warps, stages)
+    return RowTile(tile, cols, warps, stages, _MOST_REGISTERS if backward or weight_bytes > bytes_ else None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,7 @@ class MatrixTile:
     stages: int
 
 
-def linear_product(arch: Architecture, rows: int, features: int, bytes_: int) -> MatrixTile:
+def linear_product(arch: Architecture, rows: int, features: int, bytes_: int, weight_bytes: int) -> MatrixTile:
     """Large tiles where they fill the processors, smaller ones below."""
     if arch is INTERPRETER:
         return MatrixTile(64, 256, 256, 1, 1, 1)
@@ -199,5 +218,13 @@ def linear_product(arch: Architecture, rows: int, features: int, bytes_: int) ->
         return MatrixTile(64, 64, 16, 8, 8, 1)
     large = triton.cdiv(rows, 128) * triton.cdiv(features, 128) >= arch.processors
     tile, depth = (128, 64) if large else (64, 64)
-    stages = _deepest(arch, 0, (tile + tile) * depth * bytes_, 4 if large else 3)
+    stages = _deepest(arch, 0, tile * depth * (bytes_ + weight_bytes), 4 if large else 3)
     return MatrixTile(tile, tile, depth, 8, 8 if large else 4, stages)
+
+
+# -- ordered sums ------------------------------------------------------------------------------------------------
+
+
+def sum_columns(arch: Architecture) -> int:
+    """Columns of partial sums that a program adds."""
+    return 4096 if arch is INTERPRETER else 128

@@ -17,7 +17,7 @@ from fastadapt.backends.triton.activation import activate, derivative
 from fastadapt.backends.triton.dropout import Dropout, drop, padded_columns
 from fastadapt.backends.triton.numeric import dot, rounded
 from fastadapt.backends.triton.partial import ordered_sum
-from fastadapt.ops import linear as reference
+from fastadapt.ops.linear import linear_forward as plain_forward
 
 
 @triton.jit
@@ -71,8 +71,9 @@ def forward_kernel(
 def forward(x, weights, biases, activation, dropout_p, seed, save):
     """``fastadapt::linear_forward``: one launch a weight, each into its columns of y."""
     dropout = Dropout.of(dropout_p, seed)
-    if x.is_cuda and activation == "none" and not dropout.on:
-        return reference.linear_forward(x, weights, biases, activation, 0.0, None, save)
+    arch = launch.architecture(x)
+    if arch is not launch.INTERPRETER and activation == "none" and not dropout.on:
+        return plain_forward(x, weights, biases, activation, 0.0, None, save)
     (rows, features), columns = x.shape, sum(w.shape[0] for w in weights)
     y = x.new_empty((rows, columns))
     z = torch.empty_like(y) if save and activation != "none" else x.new_empty(0)
@@ -81,7 +82,7 @@ def forward(x, weights, biases, activation, dropout_p, seed, save):
     first = 0
     for weight, bias in zip(weights, biases, strict=True):
         n = weight.shape[0]
-        tile = launch.linear_product(launch.architecture(x), rows, n, x.element_size())
+        tile = launch.linear_product(arch, rows, n, x.element_size(), weight.element_size())
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(first % 64 + n, tile.cols)
         forward_kernel[(programs,)](
             x, weight.contiguous(), None if bias is None else bias.contiguous(), y, z, dropout.seed, rows, first,

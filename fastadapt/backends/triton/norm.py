@@ -5,6 +5,8 @@
 
     d = γ dy,  ds' = rstd (d - mean d - x̂ mean(d x̂)) + [ds],  dresidual = ds',  dx = drop(ds')
     dγ = Σ_rows dy x̂,  dβ = Σ_rows dy
+
+A program holds whole rows, so that the variance's second pass runs over registers.
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ from fastadapt.backends.triton import launch
 from fastadapt.backends.triton.dropout import Dropout, drop, padded_columns
 from fastadapt.backends.triton.numeric import rounded
 from fastadapt.backends.triton.partial import ordered_sum
+
+
+@triton.jit
+def _centred(s, inside, H: tl.constexpr):
+    """s - mean s over the columns inside; the second mean is what the rounding of the first, if large, left."""
+    centred = tl.where(inside, s - (tl.sum(s, 1) / H)[:, None], 0.0)  # s is 0 outside
+    return tl.where(inside, centred - (tl.sum(centred, 1) / H)[:, None], 0.0)
 
 
 @triton.jit
@@ -40,8 +49,7 @@ def forward_kernel(
         tl.store(s_out + at, s, mask=inside)
 
     s = s.to(tl.float32)
-    mean = tl.sum(s, 1) / H  # the padding holds zeros
-    centred = tl.where(inside, s - mean[:, None], 0.0)
+    centred = _centred(s, inside, H)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / H + eps)
     gamma = tl.load(norm_weight + col, mask=col < H, other=0.0).to(tl.float32)
     beta = tl.load(norm_bias + col, mask=col < H, other=0.0).to(tl.float32)
@@ -85,8 +93,7 @@ def backward_kernel(
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
 
-        mean = tl.sum(v, 1) / H
-        centred = tl.where(inside, v - mean[:, None], 0.0)
+        centred = _centred(v, inside, H)
         # Rows past the end are all zero; with eps = 0 their rstd would be infinite.
         rstd = tl.where(row < rows, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / H + eps), 0.0)
         normalised = centred * rstd[:, None]

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadapt.backends.triton import launch
+
 _LANES = 16  # splits that one step adds side by side
-_COLUMNS = 128
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def ordered_sum(partial: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tens
         end += out.numel()
         ends.append(end)
     spare = 4 - len(outputs)
-    columns = 4096 if not partial.is_cuda else _COLUMNS  # the interpreter wants few programs
+    columns = launch.sum_columns(launch.architecture(partial))
     _sum_kernel[(triton.cdiv(end, columns),)](
         partial, *outputs, *[outputs[0]] * spare, partial.shape[0], *ends, *[end] * spare,
         LANES=_LANES, COLUMNS=columns, OUTPUTS=len(outputs), num_warps=4,

@@ -1,0 +1,1 @@
+"""All GPU tests and benchmarks in one command: ``python -m benchmarks.gpu_suite --json FILE``, under ten minutes."""

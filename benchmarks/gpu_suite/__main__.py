@@ -1,0 +1,156 @@
+"""Run the GPU tests, then every benchmark, and write one JSON with the device, the versions and the date."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+import fastadapt as fa
+from benchmarks.gpu_suite import measure, models, ops
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/test_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py")
+TESTS_LIMIT_S = 240
+NO_GPU = 2
+
+
+def environment() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "device": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "processors": device.multi_processor_count,
+        "versions": {
+            "fastadapt": fa.__version__, "torch": torch.__version__, "triton": triton.__version__,
+            "transformers": transformers.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
+        },
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def run_tests() -> dict[str, Any]:
+    """pytest on the op tests; with a GPU visible they compile the kernels instead of interpreting them."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "junit.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", f"--junitxml={report}", *TESTS]
+        begun = time.monotonic()
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return {"ok": False, "reason": f"not finished after {TESTS_LIMIT_S} s"}
+        suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+        counts = {} if suite is None else {n: int(suite.get(n, 0)) for n in ("tests", "failures", "errors", "skipped")}
+        return {
+            "ok": done.returncode == 0, **counts, "seconds": round(time.monotonic() - begun, 1),
+            "output": done.stdout[-4000:],
+        }  # fmt: skip
+
+
+def _rows(
+    times: dict[str, measure.Times], about: dict[str, Any], floor_us: float | None, off: str | None
+) -> list[dict[str, Any]]:
+    found = []
+    for system, taken in times.items():
+        p20, p50, p80 = taken.percentiles
+        row = about | {"system": system, "p20_us": p20, "p50_us": p50, "p80_us": p80}
+        row["ratio_to_eager"] = measure.paired_ratio(taken, times["eager"])
+        row["share_of_floor"] = None if floor_us is None else floor_us / p50
+        row["wrong"] = off if system == "ours" else None
+        found.append(row)
+    return found
+
+
+def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> list[dict[str, Any]]:
+    off = ops.wrong(case)
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    t = ops.tensors(case)
+    with fa.backend("triton"):
+        graphs = {"ours": measure.captured(ops.step(case, lambda: ops.ours(case, t, case.p, seed), t))}
+    graphs["eager"] = measure.captured(ops.step(case, lambda: ops.eager(case, t, case.p), t))
+    if case.compiled:
+        compiled = torch.compile(ops.eager, mode="max-autotune-no-cudagraphs", dynamic=False)
+        graphs["compiled"] = measure.captured(ops.step(case, lambda: compiled(case, t, case.p), t))
+    floor = ceilings.floor_us(*ops.work(case), case.dtype)
+    rows = []
+    for cold in (False, True):
+        times = measure.in_turns({n: g.replay for n, g in graphs.items()}, rounds, cold=cold)
+        rows += _rows(times, {"bench": case.name, "l2": "cold" if cold else "warm"}, floor, off)
+    return rows
+
+
+def run_model(case: models.ModelCase, rounds: int) -> list[dict[str, Any]]:
+    """Launches included: a whole model is timed as a user runs it."""
+    calls = models.systems(case)
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, None, None)
+
+
+def report(row: dict[str, Any]) -> str:
+    share = "" if row["share_of_floor"] is None else f"  {row['share_of_floor']:.0%} of floor"
+    told = f"WRONG {row['wrong']}" if row["wrong"] else f"{row['ratio_to_eager']:.2f} of eager{share}"
+    return f"{row['bench']:62} {row['l2']} {row['system']:9} {row['p50_us']:10.1f} us  {told}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--rounds", type=int, default=50, help="measurements of each case")
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds after which no further case begins")
+    parser.add_argument("--dry-run", action="store_true", help="list the tests and cases, and run none")
+    chosen = parser.parse_args(arguments)
+    op_cases, model_cases = list(ops.cases()), list(models.cases())
+    if chosen.dry_run:
+        print("\n".join([*TESTS, *(c.name for c in op_cases), *(c.name for c in model_cases)]))
+        return 0
+    if not torch.cuda.is_available():
+        print("gpu_suite: no CUDA GPU is visible here, so nothing was tested or measured", file=sys.stderr)
+        return NO_GPU
+    if chosen.json is None:
+        parser.error("--json FILE is needed")
+
+    begun = time.monotonic()
+    result: dict[str, Any] = {"environment": environment(), "tests": run_tests(), "records": [], "not_run": []}
+    print(f"tests: {'passed' if result['tests']['ok'] else 'FAILED'}", flush=True)
+    ceilings = measure.ceilings()
+    result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}
+    work = [*((c.name, run_op, (c, ceilings, chosen.rounds)) for c in op_cases),
+            *((c.name, run_model, (c, chosen.rounds)) for c in model_cases)]  # fmt: skip
+    for name, run, args in work:
+        if time.monotonic() - begun > chosen.budget:
+            result["not_run"].append({"bench": name, "reason": f"the budget of {chosen.budget:.0f} s was spent"})
+            continue
+        try:
+            rows = run(*args)
+        except Exception as error:  # one case that fails must not lose the others' results
+            result["not_run"].append({"bench": name, "reason": f"{type(error).__name__}: {error}"})
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            continue
+        result["records"] += rows
+        print("\n".join(report(row) for row in rows), flush=True)
+        chosen.json.write_text(json.dumps(result, indent=1))
+        torch.cuda.empty_cache()
+    result["seconds"] = round(time.monotonic() - begun, 1)
+    chosen.json.write_text(json.dumps(result, indent=1))
+    failed = not result["tests"]["ok"] or result["not_run"] or any(row["wrong"] for row in result["records"])
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

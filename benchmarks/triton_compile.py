@@ -1,0 +1,297 @@
+"""Compile every Triton kernel for GPUs that need not be here, and table what each costs: registers, spills, memory.
+
+    python -m benchmarks.triton_compile                      # the whole table, written beside the other results
+    python -m benchmarks.triton_compile --only bottleneck --hidden 768 --arch 90     # some of it, printed
+
+The launches are recorded, not copied: the ops' own host functions run on meta tensors with the architecture set, and
+what they would launch is specialised as Triton's JIT does (pointers and sizes divisible by 16, ones as constants).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastadapt.backends.triton import bottleneck, launch, linear, norm
+
+TABLE = Path(__file__).parent / "results" / "triton_compile.json"
+ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
+HIDDEN = (384, 768, 1024)
+BOTTLENECKS = (16, 48, 64, 100, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+ROWS = (512, 65536)  # a heuristic may choose small tiles for few rows
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int64": "*i64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape; ``bottleneck`` is 0 where the op has none."""
+
+    op: str
+    arch: int
+    dtype: str
+    hidden: int
+    bottleneck: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel of a case takes. Bytes; registers a thread; shared memory a program."""
+
+    op: str
+    kernel: str
+    arch: int
+    dtype: str
+    hidden: int
+    bottleneck: int
+    rows: int
+    warps: int
+    stages: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.op, self.kernel, self.arch, self.dtype, self.hidden, self.bottleneck, self.rows
+
+
+# -- what would be launched --------------------------------------------------------------------------------------
+
+
+def _bottleneck(case: Case, forward: bool, training: bool, parameters: str | None = None) -> None:
+    """``parameters``: their dtype where it is not the activations' (autocast)."""
+
+    def new(*shape: int, dtype: str = parameters or case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    t, h, b = case.rows, case.hidden, case.bottleneck
+    x, z = new(t, h, dtype=case.dtype), new(t, b, dtype=case.dtype)
+    w_down, w_up, vector = new(b, h), new(h, b), new(h)
+    p, seed = (0.1, torch.empty((), dtype=torch.int64, device="meta")) if training else (0.0, None)
+    if forward:
+        bottleneck.forward(x, w_down, new(b), w_up, vector, "gelu", 1.0, None, True, x, vector, vector, 1e-12, p, seed,
+                           training)  # fmt: skip
+    else:
+        bottleneck.backward(x, x, z, x, w_down, w_up, "gelu", 1.0, None, True, vector, 1e-12, p, seed, True, True,
+                            True, True)  # fmt: skip
+
+
+def _add_norm(case: Case, forward: bool) -> None:
+    dtype = getattr(torch, case.dtype)
+    x, vector = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((case.rows, case.hidden), (case.hidden,)))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    if forward:
+        norm.forward(x, x, vector, vector, 1e-12, 0.1, seed, True)
+    else:
+        norm.backward(x, x, x, vector, 1e-12, 0.1, seed, True, True, True)
+
+
+def _linear(case: Case, forward: bool) -> None:
+    """The feed-forward network's first layer, four times as wide as it is deep."""
+    dtype = getattr(torch, case.dtype)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    t, h = case.rows, case.hidden
+    if forward:
+        linear.forward(new(t, h), [new(4 * h, h)], [new(4 * h)], "gelu", 0.0, None, True)
+    else:
+        linear.backward(new(t, 4 * h), new(t, 4 * h), [new(4 * h, h)], "gelu", 0.0, None, True, True)
+
+
+OPS: dict[str, Callable[[Case], None]] = {
+    "bottleneck inference": lambda case: _bottleneck(case, forward=True, training=False),
+    "bottleneck training": lambda case: _bottleneck(case, forward=True, training=True),
+    "bottleneck backward": lambda case: _bottleneck(case, forward=False, training=True),
+    "bottleneck autocast training": lambda case: _bottleneck(case, True, True, "float32"),
+    "bottleneck autocast backward": lambda case: _bottleneck(case, False, True, "float32"),
+    "add_norm training": lambda case: _add_norm(case, forward=True),
+    "add_norm backward": lambda case: _add_norm(case, forward=False),
+    "linear training": lambda case: _linear(case, forward=True),
+    "linear backward": lambda case: _linear(case, forward=False),
+}
+
+
+def cases() -> Iterator[Case]:
+    """The whole table: few and many rows in 16-bit types, many in float32 and under autocast."""
+    for op, arch, dtype, hidden, rows in itertools.product(OPS, ARCHITECTURES, DTYPES, HIDDEN, ROWS):
+        if dtype == "float32" and rows != ROWS[-1]:
+            continue
+        if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
+            continue
+        for b in BOTTLENECKS if op.startswith("bottleneck") else (0,):
+            yield Case(op, arch, dtype, hidden, b, rows)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its arguments by name, and the compiler's options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def recorded(case: Case) -> list[Launch]:
+    """What the op would launch on the case's architecture."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(Launch(self, arguments, options))
+
+    arch = ARCHITECTURES[case.arch]
+    with patch.object(JITFunction, "run", record), patch.object(launch, "architecture", lambda x: arch):
+        OPS[case.op](case)
+    return launches
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------
+
+
+def _source(recorded: Launch) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(recorded.kernel.params):
+        name, value = parameter.name, recorded.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[str(value.dtype).removeprefix("torch.")]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(recorded.kernel, signature, constants, attributes)
+
+
+def _compiled(one: Launch, arch: int) -> tuple[Any, str]:
+    """The compiled kernel and what ptxas said of it, in the very call with which Triton assembles it."""
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(_source(one), target=GPUTarget("cuda", arch, 32), options=one.options)
+    return compiled, log.getvalue()
+
+
+def _reported(log: str) -> tuple[int, int, int]:
+    """Registers, spill stores and spill loads in ptxas's report; raises where it gives none."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or spills is None:
+        raise RuntimeError(f"ptxas reported no resources: {log!r}")
+    return int(registers[1]), int(spills[1]), int(spills[2])
+
+
+def measure(case: Case) -> list[Usage]:
+    """Compile every kernel of a case."""
+    found = []
+    for one in recorded(case):
+        compiled, log = _compiled(one, case.arch)
+        registers, stores, loads = _reported(log)
+        name = one.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        found.append(
+            Usage(
+                case.op, name, case.arch, case.dtype, case.hidden, case.bottleneck, case.rows,
+                compiled.metadata.num_warps, compiled.metadata.num_stages, registers, stores, loads,
+                compiled.metadata.shared,
+            )
+        )  # fmt: skip
+    return list({usage.key: usage for usage in found}.values())
+
+
+def table(chosen: list[Case], processes: int) -> list[Usage]:
+    with ProcessPoolExecutor(processes) as pool:
+        found: list[Usage] = []
+        for number, rows in enumerate(pool.map(measure, chosen), 1):
+            found += rows
+            print(f"\r{number}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    return found
+
+
+def read(path: Path = TABLE) -> tuple[str, list[Usage]]:
+    """The Triton version of a written table, and its rows."""
+    written = json.loads(path.read_text())
+    return written["triton"], [Usage(*row) for row in written["rows"]]
+
+
+def write(rows: list[Usage], path: Path = TABLE) -> None:
+    columns = ", ".join(f'"{name}"' for name in asdict(rows[0]))
+    lines = ",\n".join("  " + json.dumps(list(asdict(row).values())) for row in rows)
+    path.write_text(f'{{"triton": "{triton.__version__}",\n "columns": [{columns}],\n "rows": [\n{lines}\n]}}\n')
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="ops whose name starts like this")
+    parser.add_argument("--arch", type=int, choices=sorted(ARCHITECTURES))
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--hidden", type=int, choices=HIDDEN)
+    parser.add_argument("--bottleneck", type=int, choices=BOTTLENECKS)
+    parser.add_argument("--update", action="store_true", help="put the chosen rows into the table")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    chosen = parser.parse_args(arguments)
+    wanted = [
+        c
+        for c in cases()
+        if c.op.startswith(chosen.only)
+        and all(
+            v is None or v == getattr(c, n) for n, v in vars(chosen).items() if n not in ("only", "update", "processes")
+        )
+    ]
+    rows = table(wanted, chosen.processes)
+    if len(wanted) == len(list(cases())):
+        write(rows)
+        print(f"wrote {TABLE}")
+    elif chosen.update:
+        version, known = read()
+        if version != triton.__version__:
+            parser.error(f"the table is of Triton {version}, not {triton.__version__}: write it whole")
+        fresh = {row.key: row for row in rows}
+        write([fresh.pop(row.key, row) for row in known] + list(fresh.values()))
+        print(f"updated {len(rows)} rows of {TABLE}")
+    else:
+        print("op kernel arch dtype hidden bottleneck rows warps stages registers spill_stores spill_loads shared")
+        for row in rows:
+            print(*(str(v).replace(" ", "_") for v in asdict(row).values()))
+    spilled = [row for row in rows if row.spill_stores or row.spill_loads]
+    large = [row for row in rows if row.shared > ARCHITECTURES[row.arch].shared_bytes]
+    for name, wrong in (("spill", spilled), ("do not fit shared memory", large)):
+        print(f"{len(wrong)} of {len(rows)} kernels {name}")
+        for row in wrong:
+            print(" ", row)
+    return 1 if large or any(row.dtype != "float32" for row in spilled) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
