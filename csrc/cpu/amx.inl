@@ -76,6 +76,10 @@ inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb
     FA_TILE_ZERO(3);
   }
   for (int64_t k = 0; k < kw; k += 16) {
+    for (int64_t r = 0; r < 16; ++r) {
+      __builtin_prefetch(b + (k + kAhead + r) * ldb, 0, 3);
+      __builtin_prefetch(b + (k + kAhead + r) * ldb + 16, 0, 3);
+    }
     FA_TILE_LOAD(4, a + k, a_stride);
     FA_TILE_LOAD(6, b + k * ldb, ldb * 4);
     FA_TILE_DP(0, 4, 6);

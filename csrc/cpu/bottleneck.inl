@@ -77,10 +77,11 @@ void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
   });
 }
 
-// One part's share of the parameters' gradients; matrices are [b, columns].
+// One part's share of the parameters' gradients; matrices are [b, columns]. `vectors` are b_up's and the norm's weight
+// and bias, as far as they are asked for.
 struct BottleneckGrads {
-  float *down, *up, *b_down, *b_up, *norm_weight, *norm_bias;
-  int64_t columns;
+  float *down, *up, *b_down, *vectors;
+  int64_t columns, vectors_size;
 };
 
 template <class T, Act A>
@@ -96,13 +97,17 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   float* s = scr.get<float>(5, h + W);
   int8_t* keep = p.drop.on ? scr.get<int8_t>(6, h + 64) : nullptr;
 
+  const RowSum sums{scr.get<float>(12, grads.vectors_size), grads.vectors, grads.vectors_size};
+  float* sum_b_up = weights ? sums.near : nullptr;
+  float* sum_norm = p.dnorm_weight ? sums.near + (weights ? hp : 0) : nullptr;
+  sums.start();
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (r0 + r) * h;
     float* ds_row = ds + r * hp;
     float* g_row = g + r * hp;
     if (p.norm_weight)
-      norm_backward_row((const T*)p.dy + at, (const T*)p.s + at, s, h, p.norm_weight, p.eps, ds_row, grads.norm_weight,
-                        grads.norm_bias);
+      norm_backward_row((const T*)p.dy + at, (const T*)p.s + at, s, h, p.norm_weight, p.eps, ds_row, sum_norm,
+                        sum_norm ? sum_norm + hp : nullptr);
     else
       for (int64_t i = 0; i < h; i += W) store_n(ds_row + i, load_n((const T*)p.dy + at + i, h - i), h - i);
     if (keep) keep_row(r0 + r, h, p.drop, keep);
@@ -113,12 +118,13 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
         v = dropped(v, keep + i, p.drop.keep_scale);
         store_n(g_row + i, v, h - i);
       }
-      if (weights) store_n(grads.b_up + i, load_n(grads.b_up + i, h - i) + v, h - i);
+      if (weights) add_to(sum_b_up + i, v, h - i);
       put<T>(d, r, i, v * (p.scale ? load_n(p.scale + i, h - i) * p.factor : set1(p.factor)), h - i);
     }
     pad_row<T>(d, r, h);
     pad_row<T>(dh, r, b);
     for (int64_t i = h; i < hp; ++i) ds_row[i] = g_row[i] = 0.0f;
+    sums.end_row(r, r + 1 == rows);
   }
 
   float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
@@ -138,7 +144,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
           store(a_rows + (m + r) * bp + col, rounded<T>(act<A>(z)));
         }
       }
-      if (weights) store_n(grads.b_down + col, load_n(grads.b_down + col, b - col) + total, b - col);
+      if (weights) add_to(grads.b_down + col, total, b - col);
     }
   });
 
@@ -191,9 +197,7 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
   parallel_for(parallel, parts, [&](int64_t part) {
     float* base = shares + part * size;
     std::memset(base, 0, sizeof(float) * size);
-    BottleneckGrads grads{base, base + matrix, base + 2 * matrix, base + 2 * matrix + narrow,
-                          norm ? base + 2 * matrix + narrow + wide : nullptr,
-                          norm ? base + 2 * matrix + narrow + wide + norm : nullptr, hp};
+    const BottleneckGrads grads{base, base + matrix, base + 2 * matrix, base + 2 * matrix + narrow, hp, wide + 2 * norm};
     const int64_t first = p.rows * part / parts, last = p.rows * (part + 1) / parts;
     const int64_t blocks = (last - first + kRows - 1) / kRows;
     with_act(p.act, [&](auto a) {

@@ -7,8 +7,9 @@ namespace FA_NAMESPACE {
 #include "scratch.inl"
 #include "vec.inl"
 #include "gemm.inl"
-#include "linear.inl"
+#include "parallel.inl"
 #include "norm.inl"
+#include "linear.inl"
 #include "bottleneck.inl"
 #include "attention.inl"
 

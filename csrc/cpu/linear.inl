@@ -86,6 +86,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   const int64_t keep_stride = (p.k + 63) / 64 * 64;
   int8_t* keep = p.drop.on ? s.get<int8_t>(2, keep_stride) : nullptr;
   if (dbias) std::memset(dbias, 0, sizeof(float) * p.k);
+  const RowSum sums{scratch().get<float>(3, p.k), dbias, dbias ? p.k : 0};
+  sums.start();
   for (int64_t r = 0; r < rows; ++r) {
     if (keep) keep_row(r0 + r, p.k, p.drop, keep);
     int64_t col = 0, base = 0;
@@ -101,13 +103,14 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
           d = dropped(d, lanes, p.drop.keep_scale);
         }
         if constexpr (A != Act::none) d = d * d_act<A>(load_n((const T*)p.z + at, k - i));
-        if (dbias) store_n(dbias + col + i, load_n(dbias + col + i, k - i) + d, k - i);
+        if (dbias) add_to(sums.near + col + i, d, k - i);
         if (p.dx) put<T>(part, r, i, d, k - i);
       }
       if (p.dx) pad_row<T>(part, r, k);
       col += k;
       base += (words_of<T>(k) + kBlock - 1) / kBlock * kBlock;
     }
+    sums.end_row(r, r + 1 == rows);
   }
   if (!p.dx) return;
   Passes<T> passes;
@@ -127,12 +130,6 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   });
 }
 
-// Calls fn(task) for every task through the plain function pointer that `parallel` takes.
-template <class Fn>
-void parallel_for(Parallel parallel, int64_t tasks, Fn&& fn) {
-  parallel(tasks, [](int64_t task, void* context) { (*(std::remove_reference_t<Fn>*)context)(task); }, (void*)&fn);
-}
-
 template <class T>
 void linear_forward_typed(const LinearForward& p, Parallel parallel) {
   with_act(p.act, [&](auto a) {
@@ -142,15 +139,6 @@ void linear_forward_typed(const LinearForward& p, Parallel parallel) {
       linear_forward_chunk<T, a.value>(p, r0, r1 - r0, task % s.columns, s.columns);
     });
   });
-}
-
-// Adds `count` partial vectors of n floats in their order.
-inline void ordered_sum(const float* parts, int64_t count, int64_t n, int64_t stride, float* out) {
-  for (int64_t i = 0; i < n; i += W) {
-    F total = load_n(parts + i, n - i);
-    for (int64_t k = 1; k < count; ++k) total = total + load_n(parts + k * stride + i, n - i);
-    store_n(out + i, total, n - i);
-  }
 }
 
 template <class T>

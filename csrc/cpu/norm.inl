@@ -22,21 +22,42 @@ FA_INLINE F tail_zeroed(F v, int64_t valid) {
     for (int64_t l = valid; l < W; ++l) v[l] = 0.0f;
   return v;
 }
-// The second of two passes, because E[s^2] - E[s]^2 cancels.
-FA_INLINE float reciprocal_deviation(const float* s, int64_t n, float mean, float eps) {
-  F squares[4] = {};
+// Mean and reciprocal deviation of a row, given the mean's first estimate. A second pass, because E[s^2] - E[s]^2
+// cancels; it also finds what rounding left in the estimate.
+FA_INLINE Moments moments(const float* s, int64_t n, float estimate, float eps) {
+  F left[4] = {}, squares[4] = {};
   four_chains(n, [&](int64_t i, int chain) {
-    const F d = tail_zeroed(load_n(s + i, n - i) - mean, n - i);
+    const F d = tail_zeroed(load_n(s + i, n - i) - estimate, n - i);
+    left[chain] = left[chain] + d;
     squares[chain] = squares[chain] + d * d;
   });
-  return 1.0f / std::sqrt(sum4(squares) / (float)n + eps);
+  const float shift = sum4(left) / (float)n;
+  return {estimate + shift, 1.0f / std::sqrt(sum4(squares) / (float)n - shift * shift + eps)};
 }
 template <class T>
 FA_INLINE void normalise(const float* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
-  const float rstd = reciprocal_deviation(s, n, mean, eps);
+  const Moments m = moments(s, n, mean, eps);
   for (int64_t i = 0; i < n; i += W)
-    store_n(y + i, (load_n(s + i, n - i) - mean) * rstd * load_n(weight + i, n - i) + load_n(bias + i, n - i), n - i);
+    store_n(y + i, (load_n(s + i, n - i) - m.mean) * m.rstd * load_n(weight + i, n - i) + load_n(bias + i, n - i), n - i);
 }
+
+// Sums over rows run in two steps, so that a long sum rounds no worse than PyTorch's: kNear rows into `near`, those
+// into `far`. Both have the length `size`.
+constexpr int64_t kNear = 16;
+struct RowSum {
+  float *near, *far;
+  int64_t size;
+  void start() const { std::memset(near, 0, sizeof(float) * size); }
+  void end_row(int64_t r, bool last) const {
+    if ((r + 1) % kNear != 0 && !last) return;
+    for (int64_t i = 0; i < size; i += W) {
+      store_n(far + i, load_n(far + i, size - i) + load_n(near + i, size - i), size - i);
+      store_n(near + i, F{}, size - i);
+    }
+  }
+};
+FA_INLINE void add_to(float* sum, F v, int64_t n) { store_n(sum, load_n(sum, n) + v, n); }
+
 // ds of y = LN(s), into ds; adds this row's shares to dweight and dbias (both or neither).
 template <class T>
 FA_INLINE void norm_backward_row(const T* dy, const T* s_row, float* s, int64_t n, const float* weight, float eps,
@@ -47,14 +68,15 @@ FA_INLINE void norm_backward_row(const T* dy, const T* s_row, float* s, int64_t 
     total[chain] = total[chain] + v;
     store_n(s + i, v, n - i);
   });
-  const float mean = sum4(total) / (float)n, rstd = reciprocal_deviation(s, n, mean, eps);
+  const Moments m = moments(s, n, sum4(total) / (float)n, eps);
+  const float mean = m.mean, rstd = m.rstd;
   four_chains(n, [&](int64_t i, int chain) {
     const F x = (load_n(s + i, n - i) - mean) * rstd, g = load_n(dy + i, n - i), d = g * load_n(weight + i, n - i);
     sum_d[chain] = sum_d[chain] + d;  // lanes past n hold zeros in g
     sum_dx[chain] = sum_dx[chain] + d * x;
     if (dweight) {
-      store_n(dweight + i, load_n(dweight + i, n - i) + g * x, n - i);
-      store_n(dbias + i, load_n(dbias + i, n - i) + g, n - i);
+      add_to(dweight + i, g * x, n - i);
+      add_to(dbias + i, g, n - i);
     }
   });
   const float mean_d = sum4(sum_d) / (float)n, mean_dx = sum4(sum_dx) / (float)n;
@@ -96,10 +118,14 @@ void add_norm_backward_typed(const AddNormBackward& p, Parallel parallel) {
     float* s = scratch().get<float>(0, h + W);
     float* d = scratch().get<float>(1, h + W);
     int8_t* keep = scratch().get<int8_t>(2, h + 64);
-    float* dweight = p.dnorm_weight ? parts + task * 2 * h : nullptr;
-    float* dbias = dweight ? dweight + h : nullptr;
-    for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
+    const RowSum sums{scratch().get<float>(3, 2 * h), parts ? parts + task * 2 * h : nullptr, parts ? 2 * h : 0};
+    float* dweight = parts ? sums.near : nullptr;
+    float* dbias = parts ? sums.near + h : nullptr;
+    sums.start();
+    const int64_t first = p.rows * task / tasks, last = p.rows * (task + 1) / tasks;
+    for (int64_t r = first; r < last; ++r) {
       norm_backward_row((const T*)p.dy + r * h, (const T*)p.s + r * h, s, h, p.norm_weight, p.eps, d, dweight, dbias);
+      sums.end_row(r - first, r + 1 == last);
       if (p.drop.on) keep_row(r, h, p.drop, keep);
       for (int64_t i = 0; i < h; i += W) {
         F v = load_n(d + i, h - i);

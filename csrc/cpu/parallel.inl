@@ -1,0 +1,14 @@
+// Calls fn(task) for every task through the plain function pointer that `parallel` takes.
+template <class Fn>
+void parallel_for(Parallel parallel, int64_t tasks, Fn&& fn) {
+  parallel(tasks, [](int64_t task, void* context) { (*(std::remove_reference_t<Fn>*)context)(task); }, (void*)&fn);
+}
+
+// Adds `count` partial vectors of n floats in their order.
+inline void ordered_sum(const float* parts, int64_t count, int64_t n, int64_t stride, float* out) {
+  for (int64_t i = 0; i < n; i += W) {
+    F total = load_n(parts + i, n - i);
+    for (int64_t k = 1; k < count; ++k) total = total + load_n(parts + k * stride + i, n - i);
+    store_n(out + i, total, n - i);
+  }
+}
