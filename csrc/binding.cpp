@@ -73,6 +73,12 @@ Act act_of(std::string_view name) {
   TORCH_CHECK(false, "activation: got ", name);
 }
 
+// As derivative_in_a_byte of fastadapt/ops/schemas.py has it.
+bool in_a_byte(DType type, Act act) {
+  return type == DType::bf16 && (act == Act::relu || act == Act::gelu || act == Act::gelu_new || act == Act::silu ||
+                                 act == Act::leaky_relu);
+}
+
 Dropout dropout_of(double p, const OptionalTensor& seed) {
   Dropout d;
   if (p == 0.0 || !seed.has_value()) return d;
@@ -102,7 +108,10 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weight
     any_bias |= std::optional<Tensor>(biases.get(i)).has_value();
   }
   const Tensor y = empty_like_type(x, {p.rows, p.n});
-  const Tensor z = save && p.act != Act::none ? empty_like_type(x, {p.rows, p.n}) : empty_like_type(x, {0});
+  const bool keeps = save && p.act != Act::none, byte = keeps && in_a_byte(p.type, p.act);
+  const Tensor z = byte    ? pooled_empty({p.rows, p.n}, at::kByte)
+                   : keeps ? empty_like_type(x, {p.rows, p.n})
+                           : empty_like_type(x, {0});
   if (p.rows == 0 || p.n == 0) return {y, z};
   std::vector<float> bias(any_bias ? p.n : 0, 0.0f);
   if (any_bias) {
@@ -120,7 +129,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weight
   p.bias = any_bias ? bias.data() : nullptr;
   p.drop = dropout_of(dropout_p, seed);
   p.y = data(y);
-  p.z = data(z);
+  p.z = byte ? nullptr : data(z);
+  p.code = byte ? static_cast<uint8_t*>(data(z)) : nullptr;
   p.threads = at::get_num_threads();
   table.linear_forward(p, run_parallel);
   return {y, z};
@@ -148,7 +158,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at
     views.push_back(packs.back().view());
   }
   p.dy = data(dy);
-  p.z = data(z);
+  const bool byte = z.scalar_type() == at::kByte;
+  p.z = byte ? nullptr : data(z);
+  p.code = byte ? static_cast<const uint8_t*>(data(z)) : nullptr;
   p.count = static_cast<int>(views.size());
   p.weights = views.data();
   p.act = act_of(activation);
@@ -314,6 +326,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy, c
   return {dx, dresidual, dweight, dbias};
 }
 
+Tensor drop(const Tensor& x, double dropout_p, const Tensor& seed) {
+  Drop p{};
+  p.type = dtype_of(x);
+  p.rows = x.size(0);
+  p.cols = x.size(1);
+  const Tensor y = empty_like_type(x, x.sizes());
+  if (y.numel() == 0) return y;
+  p.x = data(x);
+  p.drop = dropout_of(dropout_p, seed);
+  if (!p.drop.on) return y.copy_(x);
+  p.y = data(y);
+  p.threads = at::get_num_threads();
+  active().drop(p, run_parallel);
+  return y;
+}
+
 // Shared by both directions; `mask` keeps what the pointers of the result point into.
 Attention attention_of(const Tensor& qkv, OptionalTensor& mask, int64_t heads, double scale, double dropout_p,
                        const OptionalTensor& seed) {
@@ -372,6 +400,7 @@ TORCH_LIBRARY_IMPL(fastadapt, CPU, m) {
   m.impl("bottleneck_backward", TORCH_FN(bottleneck_backward));
   m.impl("add_norm_forward", TORCH_FN(add_norm_forward));
   m.impl("add_norm_backward", TORCH_FN(add_norm_backward));
+  m.impl("drop", TORCH_FN(drop));
   m.impl("attention_forward", TORCH_FN(attention_forward));
   m.impl("attention_backward", TORCH_FN(attention_backward));
 }

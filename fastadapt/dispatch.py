@@ -61,17 +61,27 @@ def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: A
     return module.refusal(op, device_type, dtype, facts)
 
 
-def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
-    """The function that serves ``op``; raises ``RuntimeError`` where a forced backend can't."""
+def serving(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str:
+    """The name of the backend that serves ``op``; raises ``RuntimeError`` where a forced one can't."""
     if _forced is not None:
         reason = refusal(_forced, op, device_type, dtype, **facts)
         if reason is not None:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run {op}: {reason}")
-        return getattr(load(_forced), op)
+        return _forced
     for name in PREFERENCE.get(device_type, ("reference",)):
         if refusal(name, op, device_type, dtype, **facts) is None:
-            return getattr(load(name), op)
+            return name
     raise RuntimeError(f"no backend runs {op} on {device_type} in {dtype}")
+
+
+def kernel(name: str, op: str) -> Callable[..., Any]:
+    """Backend ``name``'s function for ``op``."""
+    return getattr(load(name), op)
+
+
+def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
+    """The function that serves ``op``; raises ``RuntimeError`` where a forced backend can't."""
+    return kernel(serving(op, device_type, dtype, **facts), op)
 
 
 def choice(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> tuple[str, dict[str, str]]:

@@ -50,6 +50,17 @@ FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, const ABlock& 
   for (int64_t i = 0; i < words; ++i) std::memset(out + i * ld + n, 0, 4 * (size_t)(ld - n));
 }
 
+// Rows lie far apart, which no hardware foresees: asks for the next head's.
+template <class T>
+FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head) {
+  if (head + 1 == p.heads) return;
+  const int64_t d = p.head_dim, h = p.heads * d, bytes = d * (int64_t)sizeof(T);
+  for (int64_t r = 0; r < p.length; ++r) {
+    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head + 1, which, r), bytes, 0, 1, 1);
+    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + (head + 1) * d, bytes, 0, 1, 1);
+  }
+}
+
 // One query row of scores: times the factor, plus the mask; -inf past the sequence.
 FA_INLINE void masked_row(const Attention& p, int64_t batch, int64_t head, int64_t query, float* row) {
   const int64_t n = p.length, sp = round32(n);
@@ -97,6 +108,7 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
   transposed_words<T>(n, d, sp, q, keys_t, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
   widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
   row_words<T>(wide, n, dp, values);
+  prefetch_next_head<T>(p, batch, head);
   float inverse[kRows];
   const int64_t blocks = (n + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -160,6 +172,7 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   transposed_words<T>(n, d, sp, a, values_t, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
   widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
   row_words<T>(wide, n, dp, keys);
+  prefetch_next_head<T>(p, batch, head);
   std::memset(dk_t, 0, sizeof(float) * d * sp);
   std::memset(dv_t, 0, sizeof(float) * d * sp);
 

@@ -38,8 +38,8 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
   const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
   const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
   product_into<T>(a, rows, passes_of<T>(p.up), panels, c, sums, stride, [&](int64_t panel) {
-    prefetch_share(residual, bytes, panel, panels);
-    prefetch_share(next, bytes, panel, panels);
+    prefetch(residual, bytes, panel, panel + 1, panels);
+    prefetch(next, bytes, panel, panel + 1, panels);
   });
   for (int64_t r = 0; r < rows; ++r) {
     float* sum_row = sums + r * stride;
@@ -127,9 +127,17 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
     sums.end_row(r, r + 1 == rows);
   }
 
+  // While the products compute, memory brings what is read after them: x, and the next block of dy and s.
+  const int64_t bytes = rows * h * (int64_t)sizeof(T);
+  const bool more = r0 + 2 * rows <= p.rows;
+  const void* next_dy = more ? (const T*)p.dy + (r0 + rows) * h : nullptr;
+  const void* next_s = more && p.s ? (const T*)p.s + (r0 + rows) * h : nullptr;
+  const void* own_x = weights && p.x ? (const T*)p.x + r0 * h : nullptr;
+
   float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
   float* a_rows = weights ? scr.get<float>(8, rows * bp) : nullptr;
   product<T>(d, rows, passes_of<T>(p.up_t), 0, bp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    prefetch(own_x, bytes, panel * rows + m, panel * rows + m + mr, bp / 32 * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= b) break;
@@ -150,7 +158,10 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
 
   if (p.dx) {
     float* dx = scr.get<float>(11, (rows + 32) * hp);
-    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, [](int64_t) {});
+    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, [&](int64_t panel) {
+      prefetch(next_dy, bytes, panel, panel + 1, hp / 32);
+      prefetch(next_s, bytes, panel, panel + 1, hp / 32);
+    });
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < h; i += W) {
         F value = load(dx + r * hp + i);

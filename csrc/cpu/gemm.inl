@@ -195,10 +195,10 @@ FA_INLINE Passes<T> passes_of(const Packed& p) {
   return list;
 }
 
-// Asks for share `part` of `parts` of `bytes` from p on into the second-level cache; null asks for nothing.
-FA_INLINE void prefetch_share(const void* p, int64_t bytes, int64_t part, int64_t parts) {
+// Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
+FA_INLINE void prefetch(const void* p, int64_t bytes, int64_t from, int64_t to, int64_t of) {
   if (p == nullptr) return;
-  for (int64_t i = bytes * part / parts / 64 * 64; i < bytes * (part + 1) / parts; i += 64)
+  for (int64_t i = bytes * from / of / 64 * 64; i < bytes * to / of; i += 64)
     __builtin_prefetch((const char*)p + i, 0, 2);
 }
 // For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
@@ -219,7 +219,7 @@ FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
         float* tile = c + i * Tl::max_rows * 32;
-        if (next_pass.ldb == 32) prefetch_share(next, next_pass.words * 128, i, blocks);
+        if (next_pass.ldb == 32) prefetch(next, next_pass.words * 128, i, i + 1, blocks);
         Tl::run((int)n, a.row(m, pass.a), b, pass.ldb, pass.words, tile, 32, i_pass > 0);
         if (i_pass + 1 == k.count()) epilogue(panel, m, n, tile);
       }

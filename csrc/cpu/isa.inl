@@ -35,6 +35,7 @@ FA_ENTRY(bottleneck_forward, BottleneckForward)
 FA_ENTRY(bottleneck_backward, BottleneckBackward)
 FA_ENTRY(add_norm_forward, AddNormForward)
 FA_ENTRY(add_norm_backward, AddNormBackward)
+FA_ENTRY(drop, Drop)
 FA_ENTRY(attention_forward, Attention)
 FA_ENTRY(attention_backward, Attention)
 #undef FA_ENTRY
@@ -48,6 +49,6 @@ const Table FA_CONCAT(table_, FA_NAMESPACE) = {
     FA_STRING(FA_NAMESPACE),           FA_NAMESPACE::packed_words,        FA_NAMESPACE::pack,
     FA_NAMESPACE::linear_forward,      FA_NAMESPACE::linear_backward,     FA_NAMESPACE::bottleneck_forward,
     FA_NAMESPACE::bottleneck_backward, FA_NAMESPACE::add_norm_forward,    FA_NAMESPACE::add_norm_backward,
-    FA_NAMESPACE::attention_forward,   FA_NAMESPACE::attention_backward,
+    FA_NAMESPACE::drop,                FA_NAMESPACE::attention_forward,   FA_NAMESPACE::attention_backward,
 };
 }  // namespace fastadapt::cpu

@@ -36,6 +36,7 @@ struct LinearForward {  // y = drop(act(x [W_0; ..]^T + bias)); z = pre-activati
   Act act;
   Dropout drop;
   void *y, *z;
+  uint8_t* code;  // instead of z: act' in a byte, see derivative_in_a_byte in fastadapt/ops/schemas.py; or null
   int threads;
 };
 
@@ -43,12 +44,22 @@ struct LinearBackward {  // dx = (drop(dy) * act'(z)) [W_0; ..]
   DType type;
   int64_t rows, k, n;  // k: columns of dy, n: columns of dx
   const void *dy, *z;
+  const uint8_t* code;  // instead of z, or null
   int count;
   const Packed* weights;  // each [k_i, n]
   Act act;
   Dropout drop;
   void* dx;      // or null
   float* dbias;  // [k] or null
+  int threads;
+};
+
+struct Drop {  // y = x * mask / (1 - p)
+  DType type;
+  int64_t rows, cols;
+  const void* x;
+  Dropout drop;
+  void* y;
   int threads;
 };
 
@@ -142,6 +153,7 @@ struct Table {
   void (*bottleneck_backward)(const BottleneckBackward&, Parallel);
   void (*add_norm_forward)(const AddNormForward&, Parallel);
   void (*add_norm_backward)(const AddNormBackward&, Parallel);
+  void (*drop)(const Drop&, Parallel);
   void (*attention_forward)(const Attention&, Parallel);
   void (*attention_backward)(const Attention&, Parallel);
 };

@@ -41,11 +41,14 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     keep = s.get<int8_t>(2, rows * keep_stride);
     keep_rows<T>(r0, rows, p.n, p.drop, keep);
   }
+  const int64_t bytes = rows * p.k * (int64_t)sizeof(T);
+  const void* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * p.k : nullptr;
   int64_t offset = 0;
   for (int w = 0; w < p.count; ++w) {
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
     product<T>(a, rows, passes_of<T>(p.weights[w]), panels * column / columns, panels * (column + 1) / columns, c,
                [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+      if (w == 0) prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
       for (int v = 0; v < kNV; ++v) {
         const int64_t local = panel * 32 + v * W, valid = n - local, col = offset + local;
         if (valid <= 0) break;
@@ -53,14 +56,32 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         const float* from = tile + v * W;
         T* y = (T*)p.y + (r0 + m) * p.n + col;
         T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
-        if (valid >= W && !keep && !z) {  // the common case apart: nothing but arithmetic in its loop
+        uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
+        // The common cases apart: nothing but arithmetic in their loops.
+        if (valid >= W && !keep && !z && !code) {
 #pragma GCC unroll 4
           for (int64_t r = 0; r < mr; ++r) store(y + r * p.n, act<A>(load(from + r * 32) + bias));
+          continue;
+        }
+        if (valid >= W && !keep && code) {
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < mr; ++r) {
+            const F before = load(from + r * 32) + bias;
+            store(y + r * p.n, act<A>(before));
+            store_code(code + r * p.n, d_act<A>(before), W);
+          }
+          continue;
+        }
+        if (valid >= W && keep && A == Act::none && p.n % 32 == 0) {
+          const int8_t* kept = keep + m * keep_stride + col;
+          for (int64_t r = 0; r < mr; ++r)
+            store(y + r * p.n, dropped(rounded<T>(load(from + r * 32) + bias), kept + r * keep_stride, p.drop.keep_scale));
           continue;
         }
         for (int64_t r = 0; r < mr; ++r) {
           const F before = rounded<T>(load(from + r * 32) + bias);
           if (z) store_n(z + r * p.n, before, valid);
+          if (code) store_code(code + r * p.n, d_act<A>(before), valid);
           F after = act<A>(before);
           if (keep) {
             int8_t lanes[W];  // several weights may start inside a block of 64
@@ -102,7 +123,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
           std::memcpy(lanes, keep + col + i, (size_t)std::min<int64_t>(W, k - i));
           d = dropped(d, lanes, p.drop.keep_scale);
         }
-        if constexpr (A != Act::none) d = d * d_act<A>(load_n((const T*)p.z + at, k - i));
+        if constexpr (A != Act::none)
+          d = d * (p.code ? load_code(p.code + at, k - i) : d_act<A>(load_n((const T*)p.z + at, k - i)));
         if (dbias) add_to(sums.near + col + i, d, k - i);
         if (p.dx) put<T>(part, r, i, d, k - i);
       }
@@ -118,9 +140,17 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     const int64_t words = words_of<T>(p.weights[w].k);
     passes.add(p.weights[w].words, words * 32, 32, words);
   }
-  const int64_t panels = (p.n + 31) / 32;
+  const int64_t panels = (p.n + 31) / 32, elements = rows * p.k, at = r0 * p.k + elements;
+  const bool more = r0 + 2 * rows <= p.rows;
+  const void* next_dy = more ? (const T*)p.dy + at : nullptr;
+  const void* next_code = more && p.code ? p.code + at : nullptr;
+  const void* next_z = more && p.z ? (const T*)p.z + at : nullptr;
   product<T>(a, rows, passes, panels * column / columns, panels * (column + 1) / columns, c,
              [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    const int64_t from = panel * rows + m, to = from + mr;
+    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
+    prefetch(next_code, elements, from, to, panels * rows);
+    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= p.n) break;

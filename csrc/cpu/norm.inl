@@ -141,3 +141,18 @@ void add_norm_backward_typed(const AddNormBackward& p, Parallel parallel) {
     ordered_sum(parts + h, tasks, h, 2 * h, p.dnorm_bias);
   }
 }
+
+template <class T>
+void drop_typed(const Drop& p, Parallel parallel) {
+  const int64_t tasks = std::min<int64_t>(p.rows, p.threads);
+  parallel_for(parallel, tasks, [&](int64_t task) {
+    int8_t* keep = scratch().get<int8_t>(0, p.cols + 64);
+    for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
+      keep_row(r, p.cols, p.drop, keep);
+      for (int64_t i = 0; i < p.cols; i += W) {
+        const F v = load_n((const T*)p.x + r * p.cols + i, p.cols - i);
+        store_n((T*)p.y + r * p.cols + i, dropped(v, keep + i, p.drop.keep_scale), p.cols - i);
+      }
+    }
+  });
+}

@@ -62,6 +62,12 @@ class Pool final : public c10::Allocator {
   }
 
  private:
+  Pool() {
+    // With the large buffers in this pool, glibc would never see one freed, keep its thresholds low and give the pages
+    // of PyTorch's own activations back to the system after every use. Freeing one block lets it adapt as usual.
+    void* volatile block = std::malloc(size_t{31} << 20);  // volatile: or the pair is compiled away
+    std::free(block);
+  }
   struct Block {
     void* data;
     size_t bytes;

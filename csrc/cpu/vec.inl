@@ -157,6 +157,20 @@ FA_INLINE F d_act(F x) {
   if constexpr (A == Act::leaky_relu) return x > 0.0f ? set1(1.0f) : set1(0.01f);
 }
 
+// act' as a byte: round(202 act') + 26, so that 0 and 1 are exact.
+typedef uint8_t U8 __attribute__((vector_size(FA_WIDTH)));
+FA_INLINE void store_code(uint8_t* p, F d, int64_t n) {
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+  const F shifted = min(max(d * 202.0f + 26.0f, F{}), set1(255.0f)) + 12582912.0f;
+  U8 code = __builtin_convertvector(bits(shifted) & 0xffu, U8);
+  std::memcpy(p, &code, (size_t)std::min<int64_t>(W, n));
+}
+FA_INLINE F load_code(const uint8_t* p, int64_t n) {
+  U8 code = U8{};
+  std::memcpy(&code, p, (size_t)std::min<int64_t>(W, n));
+  return (__builtin_convertvector(__builtin_convertvector(code, I), F) - 26.0f) * (1.0f / 202.0f);
+}
+
 // fn(std::integral_constant<Act, a>) for the a at run time.
 template <class Fn>
 FA_INLINE void with_act(Act a, Fn&& fn) {

@@ -32,6 +32,7 @@ bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
 bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default
 add_norm_forward = torch.ops.fastadapt.add_norm_forward.default
 add_norm_backward = torch.ops.fastadapt.add_norm_backward.default
+drop = torch.ops.fastadapt.drop.default
 linear_forward = torch.ops.fastadapt.linear_forward.default
 linear_backward = torch.ops.fastadapt.linear_backward.default
 attention_forward = torch.ops.fastadapt.attention_forward.default

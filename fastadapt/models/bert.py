@@ -8,6 +8,7 @@ from transformers.models.bert import modeling_bert as hf
 from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
+    FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
     FusedNorm,
@@ -51,6 +52,7 @@ class BertPreTrainingSlot(HeadSlot, hf.BertPreTrainingHeads):
 _FUSED: dict[type, type] = {
     hf.BertEmbeddings: FusedBertEmbeddings,
     nn.LayerNorm: FusedNorm,
+    nn.Dropout: FusedDropout,
     hf.BertSelfAttention: FusedBertSelfAttention,
     hf.BertSelfOutput: FusedBertSelfOutput,
     hf.BertIntermediate: FusedBertIntermediate,

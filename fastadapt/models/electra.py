@@ -8,6 +8,7 @@ from transformers.models.electra import modeling_electra as hf
 from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
+    FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
     FusedNorm,
@@ -57,6 +58,7 @@ WIRING = Wiring(
     fused={
         hf.ElectraEmbeddings: FusedElectraEmbeddings,
         nn.LayerNorm: FusedNorm,
+        nn.Dropout: FusedDropout,
         hf.ElectraSelfAttention: FusedElectraSelfAttention,
         hf.ElectraSelfOutput: FusedElectraSelfOutput,
         hf.ElectraIntermediate: FusedElectraIntermediate,

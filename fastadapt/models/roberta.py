@@ -8,6 +8,7 @@ from transformers.models.roberta import modeling_roberta as hf
 from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
+    FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
     FusedNorm,
@@ -47,6 +48,7 @@ class RobertaLMSlot(HeadSlot, hf.RobertaLMHead):
 _FUSED: dict[type, type] = {
     hf.RobertaEmbeddings: FusedRobertaEmbeddings,
     nn.LayerNorm: FusedNorm,
+    nn.Dropout: FusedDropout,
     hf.RobertaSelfAttention: FusedRobertaSelfAttention,
     hf.RobertaSelfOutput: FusedRobertaSelfOutput,
     hf.RobertaIntermediate: FusedRobertaIntermediate,

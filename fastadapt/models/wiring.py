@@ -39,7 +39,7 @@ class Wiring:
         slots: attributes of a model that may hold (a part of) its head.
         layers: path of the list of layers in the base model.
         attention, attention_output, intermediate, output: paths in a layer.
-        embeddings: path in the base model; its LayerNorm is the attribute ``LayerNorm``.
+        embeddings: path in the base model; its LayerNorm and dropout are the attributes of these names.
         hub_name: prefix of the base model in AdapterHub's keys.
     """
 
@@ -80,6 +80,7 @@ class Wiring:
         embeddings = attrgetter(self.embeddings)(base)
         yield self.embeddings, embeddings
         yield f"{self.embeddings}.LayerNorm", embeddings.LayerNorm
+        yield f"{self.embeddings}.dropout", embeddings.dropout
         for i, layer in enumerate(self.layers_of(base)):
             for path in (self.attention, self.attention_output, self.intermediate, self.output):
                 yield f"{self.layers}.{i}.{path}", attrgetter(path)(layer)

@@ -221,3 +221,18 @@ class FusedNorm(FusedSublayer, nn.LayerNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         norm = self if self.active_site is None else self.active_site.LayerNorm
         return F.layer_norm(hidden_states, self.normalized_shape, norm.weight, norm.bias, self.eps)
+
+
+class FusedDropout(FusedSublayer, nn.Dropout):
+    """A dropout that stands alone (the embeddings'); on a CPU its mask comes from a counter, in parallel."""
+
+    def refusal(self) -> str | None:
+        return None
+
+    def ops(self, length: int) -> list[Op]:
+        return [("torch", {"function": "dropout"})] if self.training else []
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.inplace or input.device.type != "cpu":
+            return super().forward(input)
+        return ops.drop(input, self.p)

@@ -42,7 +42,9 @@ def attention(
     """
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
-        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}; accepted is [B, S, 3H] with H a multiple of {heads} heads")
+        raise ValueError(
+            f"qkv: got shape {tuple(qkv.shape)}; accepted is [B, S, 3H] with H a multiple of {heads} heads"
+        )
     dropout_p = checks.probability("dropout_p", dropout_p)
     batch, length, width = qkv.shape
     if mask is not None:

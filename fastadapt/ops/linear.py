@@ -22,7 +22,7 @@ from fastadapt.ops.schemas import accumulation_dtype
 def linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],
-    bias: Tensor | None | Sequence[Tensor | None] = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
     *,
     activation: str = "none",
     dropout_p: float = 0.0,
@@ -75,10 +75,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, dropout_p, seed, count, *parameters):
         weights, biases = list(parameters[:count]), list(parameters[count:])
-        kernel = dispatch.pick("linear_forward", x.device.type, x.dtype, features=x.shape[1])
-        y, z = kernel(x, weights, biases, activation, dropout_p, seed, True)
+        # z is the backend's own, so backward must be of the backend that serves forward.
+        backend = dispatch.serving("linear_forward", x.device.type, x.dtype, features=x.shape[1])
+        y, z = dispatch.kernel(backend, "linear_forward")(x, weights, biases, activation, dropout_p, seed, True)
         ctx.save_for_backward(z, seed, *weights)
-        ctx.options = (activation, dropout_p)
+        ctx.options = (activation, dropout_p, backend)
         ctx.biases = [None if b is None else (b.shape[0], b.dtype) for b in biases]
         return y
 
@@ -86,10 +87,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         z, seed, *weights = ctx.saved_tensors
-        activation, dropout_p = ctx.options
+        activation, dropout_p, backend = ctx.options
         need_dbias = ctx.needs_input_grad[5 + len(weights) :]
-        kernel = dispatch.pick("linear_backward", dy.device.type, dy.dtype, features=weights[0].shape[1])
-        dx, dbias = kernel(
+        dx, dbias = dispatch.kernel(backend, "linear_backward")(
             dy.contiguous(), z, weights, activation, dropout_p, seed, ctx.needs_input_grad[0], any(need_dbias)
         )
         dbiases: list[Tensor | None] = [None] * len(weights)
@@ -104,7 +104,8 @@ class _Linear(torch.autograd.Function):
 
 def linear_forward(x, weights, biases, activation, dropout_p, seed, save):
     """The oracle of every backend; see :mod:`fastadapt.ops.schemas` for the contract."""
-    parts = [F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in zip(weights, biases, strict=True)]
+    cast = [None if b is None else b.to(x.dtype) for b in biases]
+    parts = [F.linear(x, w.to(x.dtype), b) for w, b in zip(weights, cast, strict=True)]
     z = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     y = dropout(activate(activation, z), dropout_p, seed)
     return y, z if save and activation != "none" else x.new_empty(0)

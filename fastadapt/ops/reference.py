@@ -8,12 +8,13 @@ import torch
 
 from fastadapt.ops.attention import attention_backward, attention_forward
 from fastadapt.ops.bottleneck import bottleneck_backward, bottleneck_forward
+from fastadapt.ops.dropout import dropout as drop
 from fastadapt.ops.linear import linear_backward, linear_forward
 from fastadapt.ops.norm import add_norm_backward, add_norm_forward
 
 __all__ = [
     "add_norm_backward", "add_norm_forward", "attention_backward", "attention_forward", "bottleneck_backward",
-    "bottleneck_forward", "linear_backward", "linear_forward", "refusal",
+    "bottleneck_forward", "drop", "linear_backward", "linear_forward", "refusal",
 ]  # fmt: skip
 
 

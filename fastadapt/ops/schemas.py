@@ -4,7 +4,9 @@ Kernels see flattened, contiguous activations [T, H] in one compute dtype (float
 Parameters may have another floating dtype: a kernel rounds matrices and their biases to the compute dtype once and
 reads LayerNorm parameters and scales as they are. Sums run in float32 or wider. Gradients of parameters leave in
 float32 (float64 in float64). An output that was not asked for is an empty tensor.
-`z` is the bottleneck's pre-activation, `s` the input of the LayerNorm, both rounded to the compute dtype.
+`z` is the bottleneck's pre-activation, `s` the input of the LayerNorm, both rounded to the compute dtype. A linear's
+`z` is for its own backend's backward alone: the pre-activation, or in bfloat16 on a CPU the activation's derivative as
+one byte (:func:`derivative_in_a_byte`).
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ library.define(
     "linear_backward(Tensor dy, Tensor z, Tensor[] weights, str activation, float dropout_p, Tensor? seed, "
     "bool need_dx, bool need_dbias) -> (Tensor dx, Tensor dbias)"
 )
+library.define("drop(Tensor x, float dropout_p, Tensor seed) -> Tensor")
 library.define(
     "attention_forward(Tensor qkv, Tensor? mask, int heads, float scale, float dropout_p, Tensor? seed, bool save) "
     "-> (Tensor out, Tensor lse)"
@@ -51,6 +54,15 @@ library.define(
     "attention_backward(Tensor dout, Tensor qkv, Tensor? mask, Tensor lse, int heads, float scale, "
     "float dropout_p, Tensor? seed) -> Tensor dqkv"
 )
+
+
+def derivative_in_a_byte(x: Tensor, activation: str) -> bool:
+    """Whether the CPU kernels keep σ' of a linear as one byte: round(202 σ') + 26, so that 0 and 1 are exact.
+
+    The step of 1/202 is as coarse as bfloat16 is just below 1, and σ' of these activations lies in [-0.13, 1.13].
+    """
+    ranges = ("relu", "gelu", "gelu_new", "silu", "leaky_relu")
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and activation in ranges
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,7 +124,9 @@ def _(dy, ds, s, norm_weight, eps, dropout_p, seed, need_dx, need_dresidual, nee
 @torch.library.register_fake("fastadapt::linear_forward", lib=library)
 def _(x, weights, biases, activation, dropout_p, seed, save):
     y = _like(x, x.shape[0], sum(w.shape[0] for w in weights))
-    return y, torch.empty_like(y) if save and activation != "none" else _like(x, 0)
+    if not save or activation == "none":
+        return y, _like(x, 0)
+    return y, torch.empty_like(y, dtype=torch.uint8 if derivative_in_a_byte(x, activation) else None)
 
 
 @torch.library.register_fake("fastadapt::linear_backward", lib=library)
@@ -121,6 +135,11 @@ def _(dy, z, weights, activation, dropout_p, seed, need_dx, need_dbias):
         _like(dy, dy.shape[0], weights[0].shape[1]) if need_dx else _like(dy, 0),
         _grad(dy, dy.shape[1]) if need_dbias else _grad(dy, 0),
     )
+
+
+@torch.library.register_fake("fastadapt::drop", lib=library)
+def _(x, dropout_p, seed):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("fastadapt::attention_forward", lib=library)

@@ -23,6 +23,8 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
     """Why Triton can't serve this call; None where it can."""
     if op.startswith("attention"):
         return "PyTorch's own scaled_dot_product_attention serves attention on a GPU"
+    if op == "drop":
+        return "PyTorch's own dropout serves on a GPU where nothing is fused with it"
     if dtype not in _DTYPES:
         return f"no Triton kernels in {str(dtype).removeprefix('torch.')}; there are in float32, bfloat16 and float16"
     if facts.get("bottleneck", 0) > _WIDEST_BOTTLENECK:
