@@ -41,28 +41,36 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     prefetch(residual, bytes, panel, panel + 1, panels);
     prefetch(next, bytes, panel, panel + 1, panels);
   });
-  for (int64_t r = 0; r < rows; ++r) {
-    float* sum_row = sums + r * stride;
-    const int64_t at = (r0 + r) * h;
-    F total[4] = {};
-    four_chains(h, [&](int64_t i, int chain) {
-      const int64_t n = h - i;
-      F s = load(sum_row + i);
-      if (p.b_up) s = s + load_n(p.b_up + i, n);
-      s = s * (p.scale ? load_n(p.scale + i, n) * p.factor : set1(p.factor));
-      if (keep) s = dropped(s, keep + r * keep_stride + i, p.drop.keep_scale);
-      if (p.skip) s = s + get<T>(x, r, i, n);
-      if (residual) s = s + load_n(residual + r * h + i, n);
-      if (!p.norm_weight) return store_n((T*)p.y + at + i, s, n);
-      s = rounded<T>(s);
-      if (n < W) s = tail_zeroed(s, n);
-      total[chain] = total[chain] + s;
-      store(sum_row + i, s);
-      if (p.s) store_n((T*)p.s + at + i, s, n);
-    });
-    if (p.norm_weight)
-      normalise(sum_row, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + at);
-  }
+  with_whole(h, [&](auto whole) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (r0 + r) * h;
+      float* sum_row = sums + r * stride;
+      const T* x_row = p.skip ? (const T*)p.x + at : nullptr;
+      const T* residual_row = residual ? residual + r * h : nullptr;
+      const int8_t* keep_row = keep ? keep + r * keep_stride : nullptr;
+      T* s_row = p.s ? (T*)p.s + at : nullptr;
+      T* y_row = (T*)p.y + at;
+      F total[4] = {};
+      four_chains(h, [&](int64_t i, int chain) {
+        const int64_t n = h - i;
+        F s = load(sum_row + i);
+        if (p.b_up) s = s + load_n<whole>(p.b_up + i, n);
+        s = s * p.factor;
+        if (p.scale) s = s * load_n<whole>(p.scale + i, n);
+        if (keep_row) s = dropped(s, keep_row + i, p.drop.keep_scale);
+        if (x_row) s = s + load_n<whole>(x_row + i, n);
+        if (residual_row) s = s + load_n<whole>(residual_row + i, n);
+        if (!p.norm_weight) return store_n<whole>(y_row + i, s, n);
+        s = rounded<T>(s);
+        if constexpr (!whole) s = tail_zeroed(s, n);
+        total[chain] = total[chain] + s;
+        store(sum_row + i, s);
+        if (s_row) store_n<whole>(s_row + i, s, n);
+      });
+      if (p.norm_weight)
+        normalise<whole>(sum_row, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, y_row);
+    }
+  });
 }
 
 template <class T>
@@ -101,31 +109,38 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   float* sum_b_up = weights ? sums.near : nullptr;
   float* sum_norm = p.dnorm_weight ? sums.near + (weights ? hp : 0) : nullptr;
   sums.start();
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t at = (r0 + r) * h;
-    float* ds_row = ds + r * hp;
-    float* g_row = g + r * hp;
-    if (p.norm_weight)
-      norm_backward_row((const T*)p.dy + at, (const T*)p.s + at, s, h, p.norm_weight, p.eps, ds_row, sum_norm,
-                        sum_norm ? sum_norm + hp : nullptr);
-    else
-      for (int64_t i = 0; i < h; i += W) store_n(ds_row + i, load_n((const T*)p.dy + at + i, h - i), h - i);
-    if (keep) keep_row(r0 + r, h, p.drop, keep);
-    for (int64_t i = 0; i < h; i += W) {
-      F v = load_n(ds_row + i, h - i);
-      if (p.dresidual) store_n((T*)p.dresidual + at + i, v, h - i);
-      if (keep) {
-        v = dropped(v, keep + i, p.drop.keep_scale);
-        store_n(g_row + i, v, h - i);
-      }
-      if (weights) add_to(sum_b_up + i, v, h - i);
-      put<T>(d, r, i, v * (p.scale ? load_n(p.scale + i, h - i) * p.factor : set1(p.factor)), h - i);
+  with_row_kind(h, p.dnorm_weight != nullptr, [&](auto whole, auto summed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (r0 + r) * h;
+      float* ds_row = ds + r * hp;
+      float* g_row = g + r * hp;
+      const T* dy_row = (const T*)p.dy + at;
+      T* dresidual = p.dresidual ? (T*)p.dresidual + at : nullptr;
+      if (p.norm_weight)
+        norm_backward_row<whole, summed>(dy_row, (const T*)p.s + at, s, h, p.norm_weight, p.eps, ds_row, sum_norm,
+                                         summed ? sum_norm + hp : nullptr);
+      else
+        four_chains(h, [&](int64_t i, int) { store_n<whole>(ds_row + i, load_n<whole>(dy_row + i, h - i), h - i); });
+      if (keep) keep_row(r0 + r, h, p.drop, keep);
+      four_chains(h, [&](int64_t i, int) {
+        const int64_t n = h - i;
+        F v = load_n<whole>(ds_row + i, n);
+        if (dresidual) store_n<whole>(dresidual + i, v, n);
+        if (keep) {
+          v = dropped(v, keep + i, p.drop.keep_scale);
+          store_n<whole>(g_row + i, v, n);
+        }
+        if (sum_b_up) store_n<whole>(sum_b_up + i, load_n<whole>(sum_b_up + i, n) + v, n);
+        v = v * p.factor;
+        if (p.scale) v = v * load_n<whole>(p.scale + i, n);
+        put<T>(d, r, i, v, whole ? W : n);
+      });
+      pad_row<T>(d, r, h);
+      pad_row<T>(dh, r, b);
+      for (int64_t i = h; i < hp; ++i) ds_row[i] = g_row[i] = 0.0f;
+      sums.end_row(r, r + 1 == rows);
     }
-    pad_row<T>(d, r, h);
-    pad_row<T>(dh, r, b);
-    for (int64_t i = h; i < hp; ++i) ds_row[i] = g_row[i] = 0.0f;
-    sums.end_row(r, r + 1 == rows);
-  }
+  });
 
   // While the products compute, memory brings what is read after them: x, and the next block of dy and s.
   const int64_t bytes = rows * h * (int64_t)sizeof(T);

@@ -196,10 +196,11 @@ FA_INLINE Passes<T> passes_of(const Packed& p) {
 }
 
 // Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
+template <int Write = 0>
 FA_INLINE void prefetch(const void* p, int64_t bytes, int64_t from, int64_t to, int64_t of) {
   if (p == nullptr) return;
   for (int64_t i = bytes * from / of / 64 * 64; i < bytes * to / of; i += 64)
-    __builtin_prefetch((const char*)p + i, 0, 2);
+    __builtin_prefetch((const char*)p + i, Write, 2);
 }
 // For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
 template <class T, class Epilogue>

@@ -24,21 +24,25 @@ FA_INLINE F tail_zeroed(F v, int64_t valid) {
 }
 // Mean and reciprocal deviation of a row, given the mean's first estimate. A second pass, because E[s^2] - E[s]^2
 // cancels; it also finds what rounding left in the estimate.
+template <bool Whole>
 FA_INLINE Moments moments(const float* s, int64_t n, float estimate, float eps) {
   F left[4] = {}, squares[4] = {};
   four_chains(n, [&](int64_t i, int chain) {
-    const F d = tail_zeroed(load_n(s + i, n - i) - estimate, n - i);
+    F d = load_n<Whole>(s + i, n - i) - estimate;
+    if constexpr (!Whole) d = tail_zeroed(d, n - i);
     left[chain] = left[chain] + d;
     squares[chain] = squares[chain] + d * d;
   });
   const float shift = sum4(left) / (float)n;
   return {estimate + shift, 1.0f / std::sqrt(sum4(squares) / (float)n - shift * shift + eps)};
 }
-template <class T>
+template <bool Whole, class T>
 FA_INLINE void normalise(const float* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
-  const Moments m = moments(s, n, mean, eps);
-  for (int64_t i = 0; i < n; i += W)
-    store_n(y + i, (load_n(s + i, n - i) - m.mean) * m.rstd * load_n(weight + i, n - i) + load_n(bias + i, n - i), n - i);
+  const Moments m = moments<Whole>(s, n, mean, eps);
+  four_chains(n, [&](int64_t i, int) {
+    const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd;
+    store_n<Whole>(y + i, x * load_n<Whole>(weight + i, n - i) + load_n<Whole>(bias + i, n - i), n - i);
+  });
 }
 
 // Sums over rows run in two steps, so that a long sum rounds no worse than PyTorch's: kNear rows into `near`, those
@@ -59,31 +63,41 @@ struct RowSum {
 FA_INLINE void add_to(float* sum, F v, int64_t n) { store_n(sum, load_n(sum, n) + v, n); }
 
 // ds of y = LN(s), into ds; adds this row's shares to dweight and dbias (both or neither).
-template <class T>
+template <bool Whole, bool Sums, class T>
 FA_INLINE void norm_backward_row(const T* dy, const T* s_row, float* s, int64_t n, const float* weight, float eps,
                                  float* ds, float* dweight, float* dbias) {
   F total[4] = {}, sum_d[4] = {}, sum_dx[4] = {};
   four_chains(n, [&](int64_t i, int chain) {
-    const F v = load_n(s_row + i, n - i);
+    const F v = load_n<Whole>(s_row + i, n - i);
     total[chain] = total[chain] + v;
-    store_n(s + i, v, n - i);
+    store_n<Whole>(s + i, v, n - i);
   });
-  const Moments m = moments(s, n, sum4(total) / (float)n, eps);
-  const float mean = m.mean, rstd = m.rstd;
+  const Moments m = moments<Whole>(s, n, sum4(total) / (float)n, eps);
   four_chains(n, [&](int64_t i, int chain) {
-    const F x = (load_n(s + i, n - i) - mean) * rstd, g = load_n(dy + i, n - i), d = g * load_n(weight + i, n - i);
+    const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd, g = load_n<Whole>(dy + i, n - i);
+    const F d = g * load_n<Whole>(weight + i, n - i);
     sum_d[chain] = sum_d[chain] + d;  // lanes past n hold zeros in g
     sum_dx[chain] = sum_dx[chain] + d * x;
-    if (dweight) {
-      add_to(dweight + i, g * x, n - i);
-      add_to(dbias + i, g, n - i);
+    store_n<Whole>(s + i, x, n - i);
+    store_n<Whole>(ds + i, d, n - i);
+    if constexpr (Sums) {
+      store_n<Whole>(dweight + i, load_n<Whole>(dweight + i, n - i) + g * x, n - i);
+      store_n<Whole>(dbias + i, load_n<Whole>(dbias + i, n - i) + g, n - i);
     }
   });
   const float mean_d = sum4(sum_d) / (float)n, mean_dx = sum4(sum_dx) / (float)n;
-  for (int64_t i = 0; i < n; i += W) {
-    const F x = (load_n(s + i, n - i) - mean) * rstd, d = load_n(dy + i, n - i) * load_n(weight + i, n - i);
-    store_n(ds + i, (d - mean_d - x * mean_dx) * rstd, n - i);
-  }
+  four_chains(n, [&](int64_t i, int) {
+    const F d = load_n<Whole>(ds + i, n - i), x = load_n<Whole>(s + i, n - i);
+    store_n<Whole>(ds + i, (d - mean_d - x * mean_dx) * m.rstd, n - i);
+  });
+}
+// fn(whole, sums) with both as constants.
+template <class Fn>
+FA_INLINE void with_row_kind(int64_t n, bool sums, Fn&& fn) {
+  with_whole(n, [&](auto whole) {
+    if (sums) fn(whole, std::true_type{});
+    else fn(whole, std::false_type{});
+  });
 }
 
 template <class T>
@@ -91,21 +105,26 @@ void add_norm_forward_typed(const AddNormForward& p, Parallel parallel) {
   const int64_t h = p.hidden, tasks = std::min<int64_t>(p.rows, p.threads);
   parallel_for(parallel, tasks, [&](int64_t task) {
     float* sums = scratch().get<float>(0, h + W);
-    int8_t* keep = scratch().get<int8_t>(1, h + 64);
-    for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
-      if (p.drop.on) keep_row(r, h, p.drop, keep);
-      F total[4] = {};
-      four_chains(h, [&](int64_t i, int chain) {
-        F v = load_n((const T*)p.x + r * h + i, h - i);
-        if (p.drop.on) v = dropped(v, keep + i, p.drop.keep_scale);
-        if (p.residual) v = v + load_n((const T*)p.residual + r * h + i, h - i);
-        v = rounded<T>(v);
-        total[chain] = total[chain] + v;
-        store_n(sums + i, v, h - i);
-        if (p.s) store_n((T*)p.s + r * h + i, v, h - i);
-      });
-      normalise(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
-    }
+    int8_t* keep = p.drop.on ? scratch().get<int8_t>(1, h + 64) : nullptr;
+    with_whole(h, [&](auto whole) {
+      for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
+        if (keep) keep_row(r, h, p.drop, keep);
+        const T* x = (const T*)p.x + r * h;
+        const T* residual = p.residual ? (const T*)p.residual + r * h : nullptr;
+        T* s = p.s ? (T*)p.s + r * h : nullptr;
+        F total[4] = {};
+        four_chains(h, [&](int64_t i, int chain) {
+          F v = load_n<whole>(x + i, h - i);
+          if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
+          if (residual) v = v + load_n<whole>(residual + i, h - i);
+          v = rounded<T>(v);
+          total[chain] = total[chain] + v;
+          store_n<whole>(sums + i, v, h - i);
+          if (s) store_n<whole>(s + i, v, h - i);
+        });
+        normalise<whole>(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
+      }
+    });
   });
 }
 
@@ -117,26 +136,30 @@ void add_norm_backward_typed(const AddNormBackward& p, Parallel parallel) {
   parallel_for(parallel, tasks, [&](int64_t task) {
     float* s = scratch().get<float>(0, h + W);
     float* d = scratch().get<float>(1, h + W);
-    int8_t* keep = scratch().get<int8_t>(2, h + 64);
+    int8_t* keep = p.drop.on ? scratch().get<int8_t>(2, h + 64) : nullptr;
     const RowSum sums{scratch().get<float>(3, 2 * h), parts ? parts + task * 2 * h : nullptr, parts ? 2 * h : 0};
-    float* dweight = parts ? sums.near : nullptr;
-    float* dbias = parts ? sums.near + h : nullptr;
     sums.start();
     const int64_t first = p.rows * task / tasks, last = p.rows * (task + 1) / tasks;
-    for (int64_t r = first; r < last; ++r) {
-      norm_backward_row((const T*)p.dy + r * h, (const T*)p.s + r * h, s, h, p.norm_weight, p.eps, d, dweight, dbias);
-      sums.end_row(r - first, r + 1 == last);
-      if (p.drop.on) keep_row(r, h, p.drop, keep);
-      for (int64_t i = 0; i < h; i += W) {
-        F v = load_n(d + i, h - i);
-        if (p.ds) v = v + load_n((const T*)p.ds + r * h + i, h - i);
-        if (p.dresidual) store_n((T*)p.dresidual + r * h + i, v, h - i);
-        if (p.drop.on) v = dropped(v, keep + i, p.drop.keep_scale);
-        if (p.dx) store_n((T*)p.dx + r * h + i, v, h - i);
+    with_row_kind(h, parts != nullptr, [&](auto whole, auto summed) {
+      for (int64_t r = first; r < last; ++r) {
+        norm_backward_row<whole, summed>((const T*)p.dy + r * h, (const T*)p.s + r * h, s, h, p.norm_weight, p.eps, d,
+                                         sums.near, sums.near + h);
+        sums.end_row(r - first, r + 1 == last);
+        if (keep) keep_row(r, h, p.drop, keep);
+        const T* ds = p.ds ? (const T*)p.ds + r * h : nullptr;
+        T* dresidual = p.dresidual ? (T*)p.dresidual + r * h : nullptr;
+        T* dx = p.dx ? (T*)p.dx + r * h : nullptr;
+        four_chains(h, [&](int64_t i, int) {
+          F v = load_n<whole>(d + i, h - i);
+          if (ds) v = v + load_n<whole>(ds + i, h - i);
+          if (dresidual) store_n<whole>(dresidual + i, v, h - i);
+          if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
+          if (dx) store_n<whole>(dx + i, v, h - i);
+        });
       }
-    }
+    });
   });
-  if (p.dnorm_weight) {
+  if (parts) {
     ordered_sum(parts, tasks, h, 2 * h, p.dnorm_weight);
     ordered_sum(parts + h, tasks, h, 2 * h, p.dnorm_bias);
   }

@@ -51,6 +51,24 @@ FA_INLINE void store_n(T* p, F v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// The same where it is known that every vector of a row is whole.
+template <bool Whole, class T>
+FA_INLINE F load_n(const T* p, int64_t n) {
+  if constexpr (Whole) return load(p);
+  return load_n(p, n);
+}
+template <bool Whole, class T>
+FA_INLINE void store_n(T* p, F v, int64_t n) {
+  if constexpr (Whole) return store(p, v);
+  store_n(p, v, n);
+}
+// fn(std::bool_constant<Whole>) for rows of n elements.
+template <class Fn>
+FA_INLINE void with_whole(int64_t n, Fn&& fn) {
+  if (n % W == 0) fn(std::true_type{});
+  else fn(std::false_type{});
+}
+
 // What a value becomes when it is stored as T and read again.
 template <class T> FA_INLINE F rounded(F v);
 template <> FA_INLINE F rounded<float>(F v) { return v; }
