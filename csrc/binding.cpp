@@ -29,24 +29,35 @@ void* data(const Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; }
 const void* data(const OptionalTensor& t) { return t.has_value() ? t->data_ptr() : nullptr; }
 float* grad(const Tensor& t) { return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
 
-// A parameter vector as floats, rounded to the compute type where `like` says so. Null stays null.
+// A parameter vector as floats, rounded to the compute type where `round` says so. Null stays null. Plain loops: for a
+// few hundred elements an op of PyTorch's would cost more than the rest of a small call.
 class Floats {
  public:
   Floats(const OptionalTensor& t, DType compute, bool round) {
     if (!t.has_value()) return;
-    if (t->scalar_type() == at::kFloat && t->is_contiguous() && !(round && compute == DType::bf16)) {
-      keep_ = *t;
-      data_ = static_cast<const float*>(t->data_ptr());
+    round = round && compute == DType::bf16 && t->scalar_type() != at::kBFloat16;
+    if (t->scalar_type() == at::kFloat && t->is_contiguous() && !round) {
+      data_ = static_cast<const float*>(t->data_ptr());  // the caller's tensor outlives the call
       return;
     }
-    Tensor v = round && compute == DType::bf16 ? t->to(at::kBFloat16) : *t;
-    keep_ = v.to(at::kFloat).contiguous();
-    data_ = static_cast<const float*>(keep_.data_ptr());
+    const bool direct = t->is_contiguous() && (t->scalar_type() == at::kFloat || t->scalar_type() == at::kBFloat16);
+    const Tensor source = direct ? *t : t->to(at::kFloat).contiguous();
+    const int64_t n = source.numel();
+    values_.resize(n);
+    if (source.scalar_type() == at::kFloat) {
+      const float* from = static_cast<const float*>(source.data_ptr());
+      for (int64_t i = 0; i < n; ++i) values_[i] = round ? static_cast<float>(c10::BFloat16(from[i])) : from[i];
+    } else {
+      const auto* from = static_cast<const c10::BFloat16*>(source.data_ptr());
+      for (int64_t i = 0; i < n; ++i) values_[i] = static_cast<float>(from[i]);
+    }
+    data_ = values_.data();
   }
+  Floats(const Floats&) = delete;
   const float* get() const { return data_; }
 
  private:
-  Tensor keep_;
+  std::vector<float> values_;
   const float* data_ = nullptr;
 };
 
