@@ -123,23 +123,11 @@ struct ABlock {
   static int64_t size(int64_t rows, int64_t kw) { return (kw + kBlock - 1) / kBlock * padded_rows(rows) * kStride; }
 };
 
-// Element i of row m as it stands in the block (i a multiple of W).
-template <class T>
-FA_INLINE auto* element(const ABlock& a, int64_t m, int64_t i) {
-  if constexpr (Operand<T>::pairs) {
-    return (bf16*)a.row(m, i / 2) + i % 2;
-  } else {
-    return (float*)a.row(m, i);
-  }
-}
+// Element i of row m and those after it.
 template <class T>
 FA_INLINE void put(const ABlock& a, int64_t m, int64_t i, F v, int64_t n) {
   if constexpr (Operand<T>::pairs) store_n((bf16*)a.row(m, i / 2), v, n);
   else store_n((float*)a.row(m, i), rounded<T>(v), n);
-}
-template <class T>
-FA_INLINE F get(const ABlock& a, int64_t m, int64_t i, int64_t n) {
-  return load_n(element<T>(a, m, i), n);
 }
 // Zeros from element k to the end of the last word group: what lies there is multiplied by B's zero padding.
 template <class T>
@@ -196,11 +184,10 @@ FA_INLINE Passes<T> passes_of(const Packed& p) {
 }
 
 // Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
-template <int Write = 0>
 FA_INLINE void prefetch(const void* p, int64_t bytes, int64_t from, int64_t to, int64_t of) {
   if (p == nullptr) return;
   for (int64_t i = bytes * from / of / 64 * 64; i < bytes * to / of; i += 64)
-    __builtin_prefetch((const char*)p + i, Write, 2);
+    __builtin_prefetch((const char*)p + i, 0, 2);
 }
 // For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
 template <class T, class Epilogue>
