@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <deque>
+
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pack_cache.h"
@@ -100,9 +103,70 @@ Dropout dropout_of(double p, const OptionalTensor& seed) {
   return d;
 }
 
-std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weights,
-                                          const c10::List<OptionalTensor>& biases, std::string_view activation,
-                                          double dropout_p, const OptionalTensor& seed, bool save) {
+// The LoRAs of a linear op, packed, in the order of their slots.
+class LowRankArgs {
+ public:
+  LowRankArgs(const Table& table, DType type, bool backward, at::TensorList a, at::TensorList b,
+              at::ArrayRef<double> scales, at::IntArrayRef owners, at::IntArrayRef slots, int64_t slot_count,
+              const OptionalTensor& rows, at::ArrayRef<double> lora_p, const OptionalTensor& lora_seeds) {
+    const size_t count = a.size();
+    std::vector<int64_t> used(slot_count, 0);
+    for (size_t i = 0; i < count; ++i) order_.push_back(i);
+    std::stable_sort(order_.begin(), order_.end(), [&](size_t x, size_t y) { return slots[x] < slots[y]; });
+    const Layout layout = backward ? Layout::plain : Layout::transposed;
+    for (const size_t i : order_) {
+      const PackedWeight pack_a = packed(table, a[i], type, layout), pack_b = packed(table, b[i], type, layout);
+      packs_.push_back(pack_a);
+      packs_.push_back(pack_b);
+      LowRank l{};
+      l.owner = static_cast<int>(owners[i]);
+      l.slot = static_cast<int>(slots[i]);
+      l.rank = a[i].size(0);
+      l.column = used[l.slot];
+      used[l.slot] += l.rank;
+      l.down = backward ? pack_b.view() : pack_a.view();
+      l.up = backward ? pack_a.view() : pack_b.view();
+      l.scale = static_cast<float>(scales[i]);
+      if (lora_seeds.has_value()) l.drop = dropout_of(lora_p[i], lora_seeds->select(0, static_cast<int64_t>(i)));
+      loras_.push_back(l);
+    }
+    view_.count = static_cast<int>(count);
+    view_.columns = *std::max_element(used.begin(), used.end());
+    view_.slots = static_cast<int>(slot_count);
+    if (rows.has_value()) {
+      rows_ = rows->contiguous();
+      view_.table = static_cast<const int64_t*>(rows_.data_ptr());
+      view_.batch = rows_.numel();
+    }
+  }
+  LowRankArgs(const LowRankArgs&) = delete;
+  // Where the gradients of LoRA i, as the caller counts them, go.
+  void set_grads(const std::vector<Tensor>& da, const std::vector<Tensor>& db) {
+    for (size_t i = 0; i < order_.size(); ++i) {
+      loras_[i].da = static_cast<float*>(da[order_[i]].data_ptr());
+      loras_[i].db = static_cast<float*>(db[order_[i]].data_ptr());
+    }
+  }
+  LowRanks view() {
+    view_.loras = loras_.data();
+    return view_;
+  }
+
+ private:
+  std::vector<size_t> order_;
+  std::vector<PackedWeight> packs_;
+  std::vector<LowRank> loras_;
+  LowRanks view_;
+  Tensor rows_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> lora_forward(const Tensor& x, at::TensorList weights,
+                                                const c10::List<OptionalTensor>& biases, at::TensorList a,
+                                                at::TensorList b, at::ArrayRef<double> scales, at::IntArrayRef owners,
+                                                at::IntArrayRef slots, const OptionalTensor& rows,
+                                                at::ArrayRef<double> lora_p, const OptionalTensor& lora_seeds,
+                                                std::string_view activation, double dropout_p,
+                                                const OptionalTensor& seed, bool save) {
   const Table& table = active();
   LinearForward p{};
   p.type = dtype_of(x);
@@ -111,27 +175,33 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weight
   p.act = act_of(activation);
   std::vector<PackedWeight> packs;
   std::vector<Packed> views;
-  bool any_bias = false;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    packs.push_back(packed(table, weights[i], p.type, Layout::transposed));
+  for (const Tensor& w : weights) {
+    packs.push_back(packed(table, w, p.type, Layout::transposed));
     views.push_back(packs.back().view());
-    p.n += weights[i].size(0);
-    any_bias |= std::optional<Tensor>(biases.get(i)).has_value();
+    p.n += w.size(0);
   }
+  const int64_t slot_count = static_cast<int64_t>(biases.size() / weights.size());
+  LowRankArgs low(table, p.type, false, a, b, scales, owners, slots, slot_count, rows, lora_p, lora_seeds);
+  p.low = low.view();
   const Tensor y = empty_like_type(x, {p.rows, p.n});
   const bool keeps = save && p.act != Act::none, byte = keeps && in_a_byte(p.type, p.act);
   const Tensor z = byte    ? pooled_empty({p.rows, p.n}, at::kByte)
                    : keeps ? empty_like_type(x, {p.rows, p.n})
                            : empty_like_type(x, {0});
-  if (p.rows == 0 || p.n == 0) return {y, z};
-  std::vector<float> bias(any_bias ? p.n : 0, 0.0f);
+  const Tensor s = save && p.low.count ? empty_like_type(x, {p.rows, p.low.columns}) : empty_like_type(x, {0});
+  if (s.numel() && rows.has_value()) s.zero_();  // a slot of fewer ranks leaves columns alone
+  if (p.rows == 0 || p.n == 0) return {y, z, s};
+  bool any_bias = false;
+  for (size_t i = 0; i < biases.size(); ++i) any_bias |= std::optional<Tensor>(biases.get(i)).has_value();
+  std::vector<float> bias(any_bias ? slot_count * p.n : 0, 0.0f);
   if (any_bias) {
     int64_t at = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const OptionalTensor b = biases.get(i);
-      const Floats values(b, p.type, true);
-      if (values.get()) std::copy_n(values.get(), weights[i].size(0), bias.begin() + at);
-      at += weights[i].size(0);
+    for (size_t i = 0; i < biases.size(); ++i) {
+      const OptionalTensor values_of = biases.get(i);
+      const Floats values(values_of, p.type, true);
+      const int64_t n = weights[i % weights.size()].size(0);
+      if (values.get()) std::copy_n(values.get(), n, bias.begin() + at);
+      at += n;
     }
   }
   p.x = data(x);
@@ -142,14 +212,18 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weight
   p.y = data(y);
   p.z = byte ? nullptr : data(z);
   p.code = byte ? static_cast<uint8_t*>(data(z)) : nullptr;
+  p.s = data(s);
   p.threads = at::get_num_threads();
   table.linear_forward(p, run_parallel);
-  return {y, z};
+  return {y, z, s};
 }
 
-std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at::TensorList weights,
-                                           std::string_view activation, double dropout_p, const OptionalTensor& seed,
-                                           bool need_dx, bool need_dbias) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& s, at::TensorList weights, int64_t slot_count,
+    at::TensorList a, at::TensorList b, at::ArrayRef<double> scales, at::IntArrayRef owners, at::IntArrayRef slots,
+    const OptionalTensor& rows, at::ArrayRef<double> lora_p, const OptionalTensor& lora_seeds,
+    std::string_view activation, double dropout_p, const OptionalTensor& seed, bool need_dx, bool need_dbias,
+    bool need_dlora) {
   const Table& table = active();
   LinearBackward p{};
   p.type = dtype_of(dy);
@@ -157,10 +231,17 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at
   p.k = dy.size(1);
   p.n = weights[0].size(1);
   const Tensor dx = need_dx ? empty_like_type(dy, {p.rows, p.n}) : empty_like_type(dy, {0});
-  const Tensor dbias = empty_grad({need_dbias ? p.k : 0});
+  const Tensor dbias = need_dbias ? empty_grad({slot_count, p.k}) : empty_grad({0});
+  std::vector<Tensor> da, db;
+  for (size_t i = 0; need_dlora && i < a.size(); ++i) {
+    da.push_back(empty_grad(a[i].sizes()));
+    db.push_back(empty_grad(b[i].sizes()));
+  }
   if (p.rows == 0 || p.k == 0) {
     dbias.zero_();
-    return {dx, dbias};
+    for (const auto* list : {&da, &db})
+      for (const Tensor& t : *list) t.zero_();
+    return {dx, dbias, da, db};
   }
   std::vector<PackedWeight> packs;
   std::vector<Packed> views;
@@ -168,6 +249,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at
     packs.push_back(packed(table, w, p.type, Layout::plain));
     views.push_back(packs.back().view());
   }
+  LowRankArgs low(table, p.type, true, a, b, scales, owners, slots, slot_count, rows, lora_p, lora_seeds);
+  if (need_dlora) low.set_grads(da, db);
+  p.low = low.view();
   p.dy = data(dy);
   const bool byte = z.scalar_type() == at::kByte;
   p.z = byte ? nullptr : data(z);
@@ -176,11 +260,29 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at
   p.weights = views.data();
   p.act = act_of(activation);
   p.drop = dropout_of(dropout_p, seed);
+  p.x = data(x);
+  p.s = data(s);
   p.dx = data(dx);
   p.dbias = grad(dbias);
   p.threads = at::get_num_threads();
   table.linear_backward(p, run_parallel);
-  return {dx, dbias};
+  return {dx, dbias, da, db};
+}
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, at::TensorList weights,
+                                          const c10::List<OptionalTensor>& biases, std::string_view activation,
+                                          double dropout_p, const OptionalTensor& seed, bool save) {
+  auto [y, z, s] = lora_forward(x, weights, biases, {}, {}, {}, {}, {}, std::nullopt, {}, std::nullopt, activation,
+                                dropout_p, seed, save);
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at::TensorList weights,
+                                           std::string_view activation, double dropout_p, const OptionalTensor& seed,
+                                           bool need_dx, bool need_dbias) {
+  auto [dx, dbias, da, db] = lora_backward(dy, dy, z, dy, weights, 1, {}, {}, {}, {}, {}, std::nullopt, {},
+                                           std::nullopt, activation, dropout_p, seed, need_dx, need_dbias, false);
+  return {dx, need_dbias ? dbias.view({dbias.numel()}) : dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
@@ -219,6 +321,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
   p.drop = dropout_of(dropout_p, seed);
   p.y = data(y);
   p.z = data(z);
+  p.z_stride = p.b;
   p.s = data(s);
   p.threads = at::get_num_threads();
   table.bottleneck_forward(p, run_parallel);
@@ -256,6 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
   p.dy = data(dy);
   p.x = x.size(0) == p.rows ? data(x) : nullptr;
   p.z = data(z);
+  p.z_stride = b;
   p.s = data(s);
   p.up_t = up_t.view();
   p.down_t = down_t.view();
@@ -276,6 +380,172 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
   p.dnorm_bias = grad(dnorm_bias);
   p.threads = at::get_num_threads();
   table.bottleneck_backward(p, run_parallel);
+  return out;
+}
+
+// The blocks of rows that differ in their slot, in the order of the rows; none straddles a border of slots.
+std::vector<SlotBlock> slot_blocks(const Tensor& table, int64_t rows) {
+  std::vector<SlotBlock> blocks;
+  const auto* slot = static_cast<const int64_t*>(table.data_ptr());
+  const int64_t batch = table.numel(), each = rows / batch;
+  for (int64_t i = 0, end; i < batch; i = end) {
+    for (end = i + 1; end < batch && slot[end] == slot[i];) ++end;
+    const int64_t first = i * each, all = (end - i) * each, count = (all + kBottleneckRows - 1) / kBottleneckRows;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t r0 = all * k / count, r1 = all * (k + 1) / count;
+      blocks.push_back({first + r0, r1 - r0, static_cast<int>(slot[i]), 0, false});
+    }
+  }
+  return blocks;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
+    const Tensor& x, const OptionalTensor& residual, const Tensor& rows, const c10::List<OptionalTensor>& w_down,
+    const c10::List<OptionalTensor>& b_down, const c10::List<OptionalTensor>& w_up,
+    const c10::List<OptionalTensor>& b_up, const c10::List<OptionalTensor>& scale_vectors, at::TensorList norm_weights,
+    at::TensorList norm_biases, const c10::List<std::string>& activations, at::ArrayRef<double> scales,
+    const c10::List<bool>& skips, const c10::List<bool>& swaps, double eps, at::ArrayRef<double> dropout_p,
+    const OptionalTensor& seed, bool save) {
+  const Table& table = active();
+  const DType type = dtype_of(x);
+  const int64_t count = x.size(0), hidden = x.size(1), slots = static_cast<int64_t>(norm_weights.size());
+  int64_t widest = 0;
+  for (int64_t i = 0; i < slots; ++i) {
+    const OptionalTensor down = w_down.get(i);
+    if (down.has_value()) widest = std::max(widest, down->size(0));
+  }
+  const Tensor y = empty_like_type(x, {count, hidden});
+  const Tensor z = save ? empty_like_type(x, {count, widest}) : empty_like_type(x, {0});
+  const Tensor s = save ? empty_like_type(x, {count, hidden}) : empty_like_type(x, {0});
+  if (count == 0 || hidden == 0) return {y, z, s};
+  std::vector<BottleneckForward> of(slots);
+  std::vector<PackedWeight> packs;
+  std::deque<Floats> floats;
+  auto values = [&](const OptionalTensor& t, bool round) { return floats.emplace_back(t, type, round).get(); };
+  for (int64_t i = 0; i < slots; ++i) {
+    BottleneckForward& p = of[i];
+    p.type = type;
+    p.rows = count;
+    p.hidden = hidden;
+    p.x = data(x);
+    p.residual = data(residual);
+    if (swaps.get(i)) std::swap(p.x, p.residual);
+    p.skip = skips.get(i);
+    p.norm_weight = values(norm_weights[i], false);
+    p.norm_bias = values(norm_biases[i], false);
+    p.eps = static_cast<float>(eps);
+    p.y = data(y);
+    p.z = data(z);
+    p.z_stride = widest;
+    p.s = data(s);
+    const OptionalTensor down = w_down.get(i), up = w_up.get(i);
+    if (!down.has_value()) continue;
+    p.b = down->size(0);
+    packs.push_back(packed(table, *down, type, Layout::transposed));
+    p.down = packs.back().view();
+    packs.push_back(packed(table, *up, type, Layout::transposed));
+    p.up = packs.back().view();
+    p.b_down = values(b_down.get(i), true);
+    p.b_up = values(b_up.get(i), true);
+    p.act = act_of(std::string(activations.get(i)));
+    p.scale = values(scale_vectors.get(i), false);
+    p.factor = static_cast<float>(scales[i]);
+    p.drop = dropout_of(dropout_p[i], seed);
+  }
+  const Tensor slot_of = rows.contiguous();
+  const std::vector<SlotBlock> blocks = slot_blocks(slot_of, count);
+  table.bottleneck_rows_forward({type, of.data(), blocks.data(), static_cast<int64_t>(blocks.size())}, run_parallel);
+  return {y, z, s};
+}
+
+using Tensors = std::vector<Tensor>;
+std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> bottleneck_rows_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& residual, const Tensor& z, const Tensor& s, const Tensor& rows,
+    const c10::List<OptionalTensor>& w_down, const c10::List<OptionalTensor>& w_up,
+    const c10::List<OptionalTensor>& scale_vectors, at::TensorList norm_weights,
+    const c10::List<std::string>& activations, at::ArrayRef<double> scales, const c10::List<bool>& skips,
+    const c10::List<bool>& swaps, double eps, at::ArrayRef<double> dropout_p, const OptionalTensor& seed, bool need_dx,
+    bool need_dresidual, const c10::List<bool>& need_dweights, const c10::List<bool>& need_dnorm) {
+  const Table& table = active();
+  const DType type = dtype_of(dy);
+  const int64_t count = dy.size(0), hidden = dy.size(1), slots = static_cast<int64_t>(norm_weights.size());
+  auto activation_grad = [&](bool need) {
+    return need ? empty_like_type(dy, {count, hidden}) : empty_like_type(dy, {0});
+  };
+  const Tensor dx = activation_grad(need_dx), dresidual = activation_grad(need_dresidual);
+  Tensors dw_down, db_down, g_up, g_bias, dnorm_weight, dnorm_bias;
+  for (int64_t i = 0; i < slots; ++i) {
+    const OptionalTensor down = w_down.get(i);
+    const bool weights = need_dweights.get(i) && down.has_value(), norm = need_dnorm.get(i);
+    const int64_t b = weights ? down->size(0) : 0;
+    dw_down.push_back(weights ? empty_grad({b, hidden}) : empty_grad({0}));
+    db_down.push_back(empty_grad({b}));
+    g_up.push_back(weights ? empty_grad({hidden, b}) : empty_grad({0}));
+    g_bias.push_back(empty_grad({weights ? hidden : 0}));
+    dnorm_weight.push_back(empty_grad({norm ? hidden : 0}));
+    dnorm_bias.push_back(empty_grad({norm ? hidden : 0}));
+  }
+  const std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> out{
+      dx, dresidual, dw_down, db_down, g_up, g_bias, dnorm_weight, dnorm_bias};
+  if (count == 0 || hidden == 0) {
+    for (const Tensors* list : {&dw_down, &db_down, &g_up, &g_bias, &dnorm_weight, &dnorm_bias})
+      for (const Tensor& t : *list) t.zero_();
+    return out;
+  }
+  std::vector<BottleneckBackward> of(slots);
+  std::vector<PackedWeight> packs;
+  std::deque<Floats> floats;
+  for (int64_t i = 0; i < slots; ++i) {
+    BottleneckBackward& p = of[i];
+    p.type = type;
+    p.rows = count;
+    p.hidden = hidden;
+    p.dy = data(dy);
+    p.s = data(s);
+    p.z = data(z);
+    p.z_stride = z.size(1);
+    p.skip = skips.get(i);
+    p.norm_weight = floats.emplace_back(norm_weights[i], type, false).get();
+    p.eps = static_cast<float>(eps);
+    p.dx = data(dx);
+    p.dresidual = data(dresidual);
+    if (swaps.get(i)) std::swap(p.dx, p.dresidual);
+    p.dnorm_weight = grad(dnorm_weight[i]);
+    p.dnorm_bias = grad(dnorm_bias[i]);
+    const OptionalTensor down = w_down.get(i), up = w_up.get(i);
+    if (!down.has_value()) continue;
+    p.b = down->size(0);
+    const Tensor& read = swaps.get(i) ? residual : x;
+    p.x = read.size(0) == count ? data(read) : nullptr;
+    packs.push_back(packed(table, *up, type, Layout::plain));
+    p.up_t = packs.back().view();
+    packs.push_back(packed(table, *down, type, Layout::plain));
+    p.down_t = packs.back().view();
+    p.act = act_of(std::string(activations.get(i)));
+    p.scale = floats.emplace_back(scale_vectors.get(i), type, false).get();
+    p.factor = static_cast<float>(scales[i]);
+    p.drop = dropout_of(dropout_p[i], seed);
+    p.dw_down = grad(dw_down[i]);
+    p.db_down = grad(db_down[i]);
+    p.g_up = grad(g_up[i]);
+    p.g_bias = grad(g_bias[i]);
+  }
+  const Tensor slot_of = rows.contiguous();
+  std::vector<SlotBlock> blocks = slot_blocks(slot_of, count);
+  const int64_t block_count = static_cast<int64_t>(blocks.size());
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(block_count, at::get_num_threads()));
+  std::vector<int> shares(slots, 0);
+  std::vector<int64_t> last_part(slots, -1);
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t i = block_count * part / parts; i < block_count * (part + 1) / parts; ++i) {
+      SlotBlock& block = blocks[i];
+      block.first = last_part[block.slot] != part;
+      if (block.first) ++shares[block.slot];
+      last_part[block.slot] = part;
+      block.share = shares[block.slot] - 1;
+    }
+  table.bottleneck_rows_backward({type, of.data(), shares.data(), slots, blocks.data(), block_count, parts},
+                                 run_parallel);
   return out;
 }
 
@@ -354,8 +624,8 @@ Tensor drop(const Tensor& x, double dropout_p, const Tensor& seed) {
 }
 
 // Shared by both directions; `mask` keeps what the pointers of the result point into.
-Attention attention_of(const Tensor& qkv, OptionalTensor& mask, int64_t heads, double scale, double dropout_p,
-                       const OptionalTensor& seed) {
+Attention attention_of(const Tensor& qkv, const OptionalTensor& prefix, OptionalTensor& mask, int64_t heads,
+                       double scale, double dropout_p, const OptionalTensor& seed) {
   Attention p{};
   p.type = dtype_of(qkv);
   p.batch = qkv.size(0);
@@ -363,6 +633,11 @@ Attention attention_of(const Tensor& qkv, OptionalTensor& mask, int64_t heads, d
   p.heads = heads;
   p.head_dim = qkv.size(2) / 3 / heads;
   p.qkv = data(qkv);
+  if (prefix.has_value()) {
+    p.prefix = data(*prefix);
+    p.prefix_length = prefix->size(-2);
+    p.prefix_stride = prefix->dim() == 4 ? 2 * p.prefix_length * heads * p.head_dim : 0;
+  }
   if (mask.has_value()) {
     p.mask_is_bool = mask->scalar_type() == at::kBool;
     if (!p.mask_is_bool && mask->scalar_type() != at::kFloat) mask = mask->to(at::kFloat);
@@ -374,10 +649,11 @@ Attention attention_of(const Tensor& qkv, OptionalTensor& mask, int64_t heads, d
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const OptionalTensor& mask, int64_t heads,
-                                             double scale, double dropout_p, const OptionalTensor& seed, bool save) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const OptionalTensor& prefix,
+                                             const OptionalTensor& mask, int64_t heads, double scale, double dropout_p,
+                                             const OptionalTensor& seed, bool save) {
   OptionalTensor held = mask;
-  Attention p = attention_of(qkv, held, heads, scale, dropout_p, seed);
+  Attention p = attention_of(qkv, prefix, held, heads, scale, dropout_p, seed);
   const Tensor out = empty_like_type(qkv, {p.batch, p.length, heads * p.head_dim});
   const Tensor lse = save ? empty_grad({p.batch, heads, p.length}) : empty_grad({0});
   if (out.numel() == 0) return {out, lse};
@@ -387,17 +663,26 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const OptionalTe
   return {out, lse};
 }
 
-Tensor attention_backward(const Tensor& dout, const Tensor& qkv, const OptionalTensor& mask, const Tensor& lse,
-                          int64_t heads, double scale, double dropout_p, const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& qkv, const OptionalTensor& prefix,
+                                              const OptionalTensor& mask, const Tensor& lse, int64_t heads,
+                                              double scale, double dropout_p, const OptionalTensor& seed) {
   OptionalTensor held = mask;
-  Attention p = attention_of(qkv, held, heads, scale, dropout_p, seed);
+  Attention p = attention_of(qkv, prefix, held, heads, scale, dropout_p, seed);
   const Tensor dqkv = empty_like_type(qkv, qkv.sizes());
-  if (dqkv.numel() == 0) return dqkv;
+  const Tensor dprefix = prefix.has_value() ? empty_grad(prefix->sizes()) : empty_grad({0});
+  if (dqkv.numel() == 0) {
+    dprefix.zero_();
+    return {dqkv, dprefix};
+  }
+  const bool shared = prefix.has_value() && prefix->dim() == 3;
+  const Tensor by_row = shared ? empty_grad({p.batch, 2, p.prefix_length, heads * p.head_dim}) : dprefix;
   p.dout = data(dout);
   p.lse = grad(lse);
   p.dqkv = data(dqkv);
+  p.dprefix = grad(by_row);
+  p.dprefix_sum = shared ? grad(dprefix) : nullptr;
   active().attention_backward(p, run_parallel);
-  return dqkv;
+  return {dqkv, dprefix};
 }
 
 }  // namespace
@@ -407,8 +692,12 @@ TORCH_LIBRARY_IMPL(fastadapt, CPU, m) {
   using namespace fastadapt::cpu;
   m.impl("linear_forward", TORCH_FN(linear_forward));
   m.impl("linear_backward", TORCH_FN(linear_backward));
+  m.impl("lora_forward", TORCH_FN(lora_forward));
+  m.impl("lora_backward", TORCH_FN(lora_backward));
   m.impl("bottleneck_forward", TORCH_FN(bottleneck_forward));
   m.impl("bottleneck_backward", TORCH_FN(bottleneck_backward));
+  m.impl("bottleneck_rows_forward", TORCH_FN(bottleneck_rows_forward));
+  m.impl("bottleneck_rows_backward", TORCH_FN(bottleneck_rows_backward));
   m.impl("add_norm_forward", TORCH_FN(add_norm_forward));
   m.impl("add_norm_backward", TORCH_FN(add_norm_backward));
   m.impl("drop", TORCH_FN(drop));

@@ -1,150 +1,307 @@
 // Self-attention of one (batch, head) at a time: K and V of a head stay in the cache, and nothing of size S x S leaves
-// it. Backward makes the probabilities again from the log-sum-exp. A head's matrices become B operands in two forms:
-// with the head's dimension as k (transposed words), and with the sequence as k (row words).
+// it. A prefix's keys and values stand before the sequence's own. Backward makes the probabilities again from the
+// log-sum-exp. Queries are taken kQueries at a time. A matrix becomes a B operand in one of two forms: with its columns
+// as k (transposed words), or with its rows (row words).
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int64_t kQueries = 32;
+static_assert(kMaxAttentionLength <= kBlock);  // so a row of an A block is one piece
 
 FA_INLINE int64_t round32(int64_t n) { return (n + 31) / 32 * 32; }
 
-// Row words: two rows side by side in a word where T is multiplied in pairs (the second may be absent), else one.
+// -- words -----------------------------------------------------------------------------------------------------------
+
+// What an A block holds of a T: elements that are multiplied in pairs, or floats.
 template <class T>
-FA_INLINE void interleave(const float* even, const float* odd, int64_t n, uint32_t* out) {
-  for (int64_t i = 0; i < n; i += W) {
-    U word = bits(rounded<T>(load(even + i)));
-    if constexpr (Operand<T>::pairs) word = (word >> 16) | (odd ? bits(rounded<T>(load(odd + i))) : U{});
-    std::memcpy(out + i, &word, sizeof word);
-  }
+using Stored = std::conditional_t<Operand<T>::pairs, T, float>;
+
+// W elements as the low halves of words.
+FA_INLINE U halves(const bf16* p) {
+  U16 h;
+  std::memcpy(&h, p, sizeof h);
+  return widened(h);
 }
-// [rows][ld] floats as row words [words_of(rows)][ld]; ld is a multiple of 32.
-template <class T>
-void row_words(const float* rows_f, int64_t rows, int64_t ld, uint32_t* out) {
+// Stands for rows that are not there.
+template <class S>
+inline const S zeros[kMaxAttentionLength] = {};
+
+// W words of a row of n elements, from word w on; zeros past the row. Whole: it does not end here.
+template <bool Whole, class T>
+FA_INLINE U words_at(const T* row, int64_t w, int64_t n) {
   constexpr int per = Operand<T>::per_word;
-  const int64_t words = words_of<T>(rows);
-  for (int64_t r = 0; r < words; ++r) {
-    if (r * per >= rows) std::memset(out + r * ld, 0, 4 * ld);
-    else interleave<T>(rows_f + r * per * ld, r * per + 1 < rows ? rows_f + (r * per + 1) * ld : nullptr, ld, out + r * ld);
+  if constexpr (!Operand<T>::pairs) return bits(load_n<Whole>(row + w, n - w));
+  U words;
+  if constexpr (Whole) {
+    std::memcpy(&words, row + w * per, sizeof words);
+    return words;
+  }
+  T buffer[W * per] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(W * per, n - w * per); ++i) buffer[i] = row[w * per + i];
+  std::memcpy(&words, buffer, sizeof words);
+  return words;
+}
+// Words of two rows side by side where T is multiplied in pairs, else of one; from element i on, zeros past element n.
+template <class T, bool Whole, class S>
+FA_INLINE U words_across(const S* even, const S* odd, int64_t i, int64_t n) {
+  if constexpr (Operand<T>::pairs && Whole) return halves(even + i) | (halves(odd + i) << 16);
+  const U word = bits(load_n<Whole>(even + i, n - i));
+  if constexpr (Operand<T>::pairs) return (word >> 16) | bits(load_n<Whole>(odd + i, n - i));
+  return word;
+}
+
+// v[i][l] and v[l][i] change places: bit by bit of the two indices.
+template <int S, int... L>
+FA_INLINE void exchange(U& a, U& b, std::integer_sequence<int, L...>) {
+  const U low = __builtin_shuffle(a, b, U{(uint32_t)(L & S ? W + L - S : L)...});
+  b = __builtin_shuffle(a, b, U{(uint32_t)(L & S ? W + L : L + S)...});
+  a = low;
+}
+template <int S = W / 2>
+FA_INLINE void transpose(U* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) exchange<S>(v[i], v[i + S], std::make_integer_sequence<int, W>{});
+  if constexpr (S > 1) transpose<S / 2>(v);
+}
+
+// n rows of d elements as transposed words [words_of(d)][ld], zeros up to ld; ld is a multiple of 32.
+template <class T, class Row>
+FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, uint32_t* out, Row&& row) {
+  const int64_t words = words_of<T>(d);
+  for (int64_t r0 = 0; r0 < ld; r0 += W) {
+    const T* rows[W];
+    for (int i = 0; i < W; ++i) rows[i] = r0 + i < n ? row(r0 + i) : zeros<T>;
+    auto block = [&](auto whole, int64_t w) {
+      U v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = words_at<whole.value>(rows[i], w, d);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (whole.value || w + i < words) std::memcpy(out + (w + i) * ld + r0, &v[i], sizeof(U));
+    };
+    int64_t w = 0;
+    for (; (w + W) * Operand<T>::per_word <= d; w += W) block(std::true_type{}, w);
+    for (; w < words; w += W) block(std::false_type{}, w);
   }
 }
+// n rows of d elements as row words [words_of(n)][ld], zeros up to ld.
+template <class T, class Row>
+FA_INLINE void row_words(int64_t n, int64_t d, int64_t ld, uint32_t* out, Row&& row) {
+  constexpr int per = Operand<T>::per_word;
+  for (int64_t r = 0; r < words_of<T>(n); ++r) {
+    const T* even = r * per < n ? row(r * per) : zeros<T>;
+    const T* odd = r * per + 1 < n ? row(r * per + 1) : zeros<T>;
+    auto vector = [&](auto whole, int64_t i) {
+      const U words = words_across<T, whole.value>(even, odd, i, d);
+      std::memcpy(out + r * ld + i, &words, sizeof words);
+    };
+    int64_t i = 0;
+    for (; i + W <= d; i += W) vector(std::true_type{}, i);
+    for (; i < ld; i += W) vector(std::false_type{}, i);
+  }
+}
+// n rows of d elements as the rows of an A block.
+template <class T, class Row>
+FA_INLINE void block_rows(int64_t n, int64_t d, const ABlock& a, Row&& row) {
+  for (int64_t r = 0; r < n; ++r) {
+    const T* from = row(r);
+    auto vector = [&](auto whole, int64_t w) {
+      const U words = words_at<whole.value>(from, w, d);
+      std::memcpy(a.row(r, w), &words, sizeof words);
+    };
+    int64_t w = 0;
+    for (; (w + W) * Operand<T>::per_word <= d; w += W) vector(std::true_type{}, w);
+    for (; w < words_of<T>(d); w += W) vector(std::false_type{}, w);
+  }
+}
+template <class T>
+FA_INLINE Stored<T>* stored_row(const ABlock& a, int64_t r) {
+  return (Stored<T>*)a.row(r, 0);
+}
+template <class T>
+FA_INLINE void put(Stored<T>* to, F v) {
+  if constexpr (Operand<T>::pairs) store(to, v);
+  else store(to, rounded<T>(v));
+}
+// The first n rows of one A block as the columns of another, from word w0 on; `columns` is a multiple of W.
+template <class T>
+FA_INLINE void block_columns(const ABlock& from, int64_t n, const ABlock& to, int64_t columns, int64_t w0) {
+  constexpr int per = Operand<T>::per_word;
+  for (int64_t w = 0; w < words_of<T>(n); w += W) {
+    const Stored<T>*even[W], *odd[W];
+    for (int i = 0; i < W; ++i) {
+      const int64_t r = (w + i) * per;
+      even[i] = r < n ? stored_row<T>(from, r) : zeros<Stored<T>>;
+      odd[i] = r + 1 < n ? stored_row<T>(from, r + 1) : zeros<Stored<T>>;
+    }
+    for (int64_t j = 0; j < columns; j += W) {
+      U v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = words_across<T, true>(even[i], odd[i], j, columns);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) std::memcpy(to.row(j + i, w0 + w), &v[i], sizeof(U));
+    }
+  }
+}
+
+// -- where things stand ----------------------------------------------------------------------------------------------
+
 // Row r of matrix `which` (0 q, 1 k, 2 v) of this head.
 template <class T>
 FA_INLINE const T* head_row(const Attention& p, int64_t batch, int64_t head, int which, int64_t r) {
   const int64_t h = p.heads * p.head_dim;
   return (const T*)p.qkv + (batch * p.length + r) * 3 * h + which * h + head * p.head_dim;
 }
-// n rows of d elements as floats [n][ld], zeros up to ld.
-template <class T, class Row>
-FA_INLINE void widen(int64_t n, int64_t d, int64_t ld, float* out, Row&& row) {
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t i = 0; i < ld; i += W) store(out + r * ld + i, i < d ? load_n(row(r) + i, d - i) : F{});
-}
-// n rows of d elements as the words of an A operand, and from them the transposed words [words_of(d)][ld] with zeros up
-// to ld. `rows` is scratch.
-template <class T, class Row>
-FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, const ABlock& rows, uint32_t* out, Row&& row) {
-  const int64_t words = words_of<T>(d);
-  for (int64_t r0 = 0; r0 < n; r0 += kRows) {
-    const int64_t count = std::min(kRows, n - r0);
-    for (int64_t r = 0; r < count; ++r) copy_row<T>(rows, r, row(r0 + r), d);
-    transpose((const float*)rows.words, kStride, count, words, (float*)out + r0, ld);
-  }
-  for (int64_t i = 0; i < words; ++i) std::memset(out + i * ld + n, 0, 4 * (size_t)(ld - n));
-}
-
-// Rows lie far apart, which no hardware foresees: asks for the next head's.
+FA_INLINE int64_t keys_of(const Attention& p) { return p.prefix_length + p.length; }
+// Row r of the keys (1) or values (2), the prefix's first.
 template <class T>
-FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head) {
-  if (head + 1 == p.heads) return;
+FA_INLINE const T* key_row(const Attention& p, int64_t batch, int64_t head, int which, int64_t r) {
+  if (r >= p.prefix_length) return head_row<T>(p, batch, head, which, r - p.prefix_length);
+  const int64_t row = (which - 1) * p.prefix_length + r;
+  return (const T*)p.prefix + batch * p.prefix_stride + (row * p.heads + head) * p.head_dim;
+}
+// Rows lie far apart, which no hardware foresees: asks for the next head's from `first` on, a few at a time.
+template <class T>
+FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head, int64_t first) {
+  if (++head == p.heads) head = 0, ++batch;
+  if (batch == p.batch) return;
   const int64_t d = p.head_dim, h = p.heads * d, bytes = d * (int64_t)sizeof(T);
-  for (int64_t r = 0; r < p.length; ++r) {
-    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head + 1, which, r), bytes, 0, 1, 1);
-    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + (head + 1) * d, bytes, 0, 1, 1);
+  for (int64_t r = first; r < std::min(first + kQueries, p.length); ++r) {
+    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes, 0, 1, 1);
+    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + head * d, bytes, 0, 1, 1);
   }
 }
 
-// One query row of scores: times the factor, plus the mask; -inf past the sequence.
+// One query row of scores: times the factor, plus the mask, which leaves a prefix alone; -inf past the last key.
 FA_INLINE void masked_row(const Attention& p, int64_t batch, int64_t head, int64_t query, float* row) {
-  const int64_t n = p.length, sp = round32(n);
+  const int64_t n = p.length, all = keys_of(p), sp = round32(all);
   const int64_t* st = p.mask_strides;
   const int64_t base = batch * st[0] + head * st[1] + query * st[2];
-  if (p.mask && !p.mask_is_bool && st[3] == 1) {
+  for (int64_t j = 0; j < sp; j += W) store(row + j, load(row + j) * p.scale);
+  float* own = row + p.prefix_length;
+  if (p.mask && p.mask_is_bool) {
+    const uint8_t* m = (const uint8_t*)p.mask + base;
+    for (int64_t j = 0; j < n; ++j)
+      if (!m[j * st[3]]) own[j] = kMinusInfinity;
+  } else if (p.mask) {
     const float* m = (const float*)p.mask + base;
-    for (int64_t j = 0; j < n; j += W) store(row + j, load(row + j) * p.scale + load_n(m + j, n - j));
-  } else {
-    for (int64_t j = 0; j < sp; j += W) store(row + j, load(row + j) * p.scale);
-    if (p.mask && p.mask_is_bool) {
-      const uint8_t* m = (const uint8_t*)p.mask + base;
-      for (int64_t j = 0; j < n; ++j)
-        if (!m[j * st[3]]) row[j] = kMinusInfinity;
-    } else if (p.mask) {
-      const float* m = (const float*)p.mask + base;
-      for (int64_t j = 0; j < n; ++j) row[j] += m[j * st[3]];
-    }
+    if (st[3] == 1)
+      for (int64_t j = 0; j < n; j += W) store_n(own + j, load_n(own + j, n - j) + load_n(m + j, n - j), n - j);
+    else
+      for (int64_t j = 0; j < n; ++j) own[j] += m[j * st[3]];
   }
-  for (int64_t j = n; j < sp; ++j) row[j] = kMinusInfinity;
+  for (int64_t j = all; j < sp; ++j) row[j] = kMinusInfinity;
+}
+
+// -- rows ------------------------------------------------------------------------------------------------------------
+
+// e^x for x below 88, zero below -87.7: x = n ln2 + r and a polynomial of r, as in exp. Where T is bfloat16 its relative
+// error may be 3e-6. NaN passes.
+template <class T>
+FA_INLINE F exp_of_score(F x) {
+  const F c = max(set1(-88.0f), x);
+  const F shifted = c * 1.44269504088896341f + 12582912.0f;
+  const F n = shifted - 12582912.0f;
+  F r = c - n * 0.693145751953125f;
+  r = r - n * 1.42860677e-6f;
+  F p;
+  if constexpr (std::is_same_v<T, float>) {
+    p = set1(1.98412698e-4f);
+    p = p * r + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+  } else {  // fitted to the relative error
+    p = set1(0.0415136814f);
+    p = p * r + 0.167875916f;
+    p = p * r + 0.50003022f;
+    p = p * r + 0.9999668f;
+  }
+  p = p * r + 1.0f;
+  return p * (F)((bits(shifted) << 23) + 0x3f800000u);  // 2^n; n = -127 makes it zero
+}
+
+// The largest lane; NaN where no lane is larger than it.
+FA_INLINE float largest(F v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+  return lanes[0];
 }
 
 // Rows of T (`row(r)`) by transposed words [words_of(d)][sp] into out [rows + 32][sp].
 template <class T, class Row>
 FA_INLINE void scores(const ABlock& a, int64_t rows, int64_t d, const uint32_t* words_t, int64_t sp, float* c,
                       float* out, Row&& row) {
-  for (int64_t r = 0; r < rows; ++r) copy_row<T>(a, r, row(r), d);
+  block_rows<T>(rows, d, a, row);
   Passes<T> k;
   k.add(words_t, 32, sp, words_of<T>(d));
   product_into<T>(a, rows, k, sp / 32, c, out, sp, [](int64_t) {});
+}
+// For every whole or partial vector of the product of a's rows with row words [words_of(k)][dp]: write(row, column, v).
+template <class T, class Write>
+FA_INLINE void product_rows(const ABlock& a, int64_t rows, const uint32_t* words, int64_t k, int64_t d, float* c,
+                            Write&& write) {
+  const int64_t dp = round32(d);
+  Passes<T> passes;
+  passes.add(words, 32, dp, words_of<T>(k));
+  product<T>(a, rows, passes, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    for (int64_t r = 0; r < mr; ++r)
+      for (int64_t v = 0; v < kNV && panel * 32 + v * W < d; ++v)
+        write(m + r, panel * 32 + v * W, load(tile + r * 32 + v * W));
+  });
 }
 
 template <class T>
 void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
   Scratch& scr = scratch();
-  const int64_t n = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
+  const int64_t n = keys_of(p), length = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
   uint32_t* keys_t = scr.get<uint32_t>(0, words_of<T>(d) * sp);
-  float* wide = scr.get<float>(1, n * dp);
-  uint32_t* values = scr.get<uint32_t>(2, words_of<T>(n) * dp);
-  float* c = scr.get<float>(3, tile_scratch(kRows));
-  ABlock q{scr.get<uint32_t>(4, ABlock::size(kRows, words_of<T>(d))), padded_rows(kRows)};
-  ABlock prob{scr.get<uint32_t>(5, ABlock::size(kRows, sp)), padded_rows(kRows)};
-  float* s = scr.get<float>(6, (kRows + 32) * sp);
-  int8_t* keep = p.drop.on ? scr.get<int8_t>(7, sp + 64) : nullptr;
-  transposed_words<T>(n, d, sp, q, keys_t, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
-  widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
-  row_words<T>(wide, n, dp, values);
-  prefetch_next_head<T>(p, batch, head);
-  float inverse[kRows];
-  const int64_t blocks = (n + kRows - 1) / kRows;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t q0 = n * block / blocks, rows = n * (block + 1) / blocks - q0;
+  uint32_t* values = scr.get<uint32_t>(1, words_of<T>(n) * dp);
+  float* c = scr.get<float>(2, tile_scratch(kQueries));
+  ABlock q{scr.get<uint32_t>(3, ABlock::size(kQueries, words_of<T>(d))), kQueries};
+  ABlock prob{scr.get<uint32_t>(4, ABlock::size(kQueries, sp)), kQueries};
+  float* s = scr.get<float>(5, (kQueries + 32) * sp);
+  int8_t* keep = p.drop.on ? scr.get<int8_t>(6, sp + 64) : nullptr;
+  transposed_words<T>(n, d, sp, keys_t, [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); });
+  row_words<T>(n, d, dp, values, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
+  float highest[kQueries], total[kQueries][W], inverse[kQueries];
+  for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
+    const int64_t rows = std::min(kQueries, length - q0), first = (batch * p.heads + head) * length + q0;
+    prefetch_next_head<T>(p, batch, head, q0);
     scores<T>(q, rows, d, keys_t, sp, c, s, [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); });
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = s + r * sp;
-      masked_row(p, batch, head, q0 + r, row);
+      masked_row(p, batch, head, q0 + r, s + r * sp);
       F top = set1(kMinusInfinity);
-      for (int64_t j = 0; j < sp; j += W) top = max(load(row + j), top);
-      float highest = top[0];
-      for (int l = 1; l < W; ++l) highest = top[l] > highest ? top[l] : highest;
-      const int64_t query = (batch * p.heads + head) * n + q0 + r;
-      const bool any = highest != kMinusInfinity;  // else every key is masked: the row attends to nothing
-      if (keep) keep_row(query, n, p.drop, keep);
-      F total = F{};
-      for (int64_t j = 0; j < sp; j += W) {
-        F e = any ? exp(load(row + j) - highest) : F{};
-        total = total + e;
-        if (keep) e = dropped(e, keep + j, 1.0f);
-        put<T>(prob, r, j, e, W);
-      }
-      const float all = sum(total);
-      inverse[r] = any ? p.drop.keep_scale / all : 0.0f;
-      if (p.lse) p.lse[query] = any ? highest + std::log(all) : kMinusInfinity;
+      for (int64_t j = 0; j < sp; j += W) top = max(load(s + r * sp + j), top);
+      highest[r] = largest(top);
     }
-    Passes<T> k;
-    k.add(values, 32, dp, words_of<T>(n));
-    product<T>(prob, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-      for (int v = 0; v < kNV; ++v) {
-        const int64_t col = panel * 32 + v * W;
-        if (col >= d) break;
-        for (int64_t r = 0; r < mr; ++r)
-          store_n((T*)p.out + (batch * n + q0 + m + r) * h + head * d + col,
-                  load(tile + r * 32 + v * W) * inverse[m + r], d - col);
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool any = highest[r] != kMinusInfinity;  // else every key is masked: the row attends to nothing
+      const float from = any ? highest[r] : 0.0f;
+      Stored<T>* out = stored_row<T>(prob, r);
+      if (keep) keep_row(first + r, n, p.drop, keep);
+      F all = F{};
+      for (int64_t j = 0; j < sp; j += W) {
+        F e = exp_of_score<T>(load(s + r * sp + j) - from);
+        all = all + e;
+        if (keep) e = dropped(e, keep + j, 1.0f);
+        put<T>(out + j, e);
       }
+      store(total[r], all);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float all = sum(load(total[r]));
+      inverse[r] = all != 0.0f ? p.drop.keep_scale / all : 0.0f;
+      if (p.lse) p.lse[first + r] = all != 0.0f ? highest[r] + std::log(all) : kMinusInfinity;
+    }
+    product_rows<T>(prob, rows, values, n, d, c, [&](int64_t r, int64_t col, F v) {
+      store_n((T*)p.out + (batch * length + q0 + r) * h + head * d + col, v * inverse[r], d - col);
     });
   }
 }
@@ -152,99 +309,80 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
 template <class T>
 void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   Scratch& scr = scratch();
-  const int64_t n = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
-  uint32_t* keys_t = scr.get<uint32_t>(0, words_of<T>(d) * sp);
-  float* wide = scr.get<float>(1, std::max(n, kRows) * dp);
-  uint32_t* values_t = scr.get<uint32_t>(2, words_of<T>(d) * sp);
-  float* c = scr.get<float>(3, tile_scratch(std::max(kRows, d)));
-  ABlock a{scr.get<uint32_t>(4, ABlock::size(kRows, words_of<T>(d))), padded_rows(kRows)};
-  ABlock ds{scr.get<uint32_t>(5, ABlock::size(kRows, sp)), padded_rows(kRows)};
-  float* s = scr.get<float>(6, (kRows + 32) * sp);
-  int8_t* keep = p.drop.on ? scr.get<int8_t>(7, sp + 64) : nullptr;
-  float* g = scr.get<float>(8, (kRows + 32) * sp);
-  uint32_t* keys = scr.get<uint32_t>(9, words_of<T>(n) * dp);
-  float* dk_t = scr.get<float>(10, d * sp);
-  float* dv_t = scr.get<float>(11, d * sp);
-  ABlock left{scr.get<uint32_t>(12, ABlock::size(d, kRows)), padded_rows(d)};
-  uint32_t* left_rows = scr.get<uint32_t>(13, (kRows + 32) * dp);
-  uint32_t* right = scr.get<uint32_t>(14, (kRows + 32) * sp);
-  transposed_words<T>(n, d, sp, a, keys_t, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
-  transposed_words<T>(n, d, sp, a, values_t, [&](int64_t r) { return head_row<T>(p, batch, head, 2, r); });
-  widen<T>(n, d, dp, wide, [&](int64_t r) { return head_row<T>(p, batch, head, 1, r); });
-  row_words<T>(wide, n, dp, keys);
-  prefetch_next_head<T>(p, batch, head);
-  std::memset(dk_t, 0, sizeof(float) * d * sp);
-  std::memset(dv_t, 0, sizeof(float) * d * sp);
-
-  // out [d][sp] += (rows [rows][d])^T times float rows `by` [rows][sp].
-  auto add_product = [&](int64_t rows, const float* by, float* out, auto&& row) {
-    widen<T>(rows, d, dp, wide, row);
-    row_words<T>(wide, rows, dp, left_rows);
-    transpose((const float*)left_rows, dp, words_of<T>(rows), d, (float*)left.words, kStride);
-    row_words<T>(by, rows, sp, right);
-    Passes<T> k;
-    k.add(right, 32, sp, words_of<T>(rows));
-    product<T>(left, d, k, 0, sp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-      for (int64_t r = 0; r < mr; ++r)
-        for (int v = 0; v < kNV; ++v) {
-          float* to = out + (m + r) * sp + panel * 32 + v * W;
-          store(to, load(to) + load(tile + r * 32 + v * W));
-        }
-    });
-  };
+  const int64_t n = keys_of(p), length = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
+  const int64_t words = words_of<T>(d), query_words = words_of<T>(length);
+  uint32_t* keys_t = scr.get<uint32_t>(0, words * sp);
+  uint32_t* values_t = scr.get<uint32_t>(1, words * sp);
+  uint32_t* keys = scr.get<uint32_t>(2, words_of<T>(n) * dp);
+  uint32_t* queries = scr.get<uint32_t>(3, query_words * dp);
+  uint32_t* douts = scr.get<uint32_t>(4, query_words * dp);
+  float* c = scr.get<float>(5, tile_scratch(sp));
+  ABlock a{scr.get<uint32_t>(6, ABlock::size(kQueries, words)), kQueries};
+  ABlock prob{scr.get<uint32_t>(7, ABlock::size(kQueries, sp)), kQueries};
+  ABlock ds{scr.get<uint32_t>(8, ABlock::size(kQueries, sp)), kQueries};
+  ABlock prob_t{scr.get<uint32_t>(9, ABlock::size(sp, query_words)), sp};
+  ABlock ds_t{scr.get<uint32_t>(10, ABlock::size(sp, query_words)), sp};
+  float* s = scr.get<float>(11, (kQueries + 32) * sp);
+  float* g = scr.get<float>(12, (kQueries + 32) * sp);
+  int8_t* keep = p.drop.on ? scr.get<int8_t>(13, sp + 64) : nullptr;
+  auto key = [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); };
+  transposed_words<T>(n, d, sp, keys_t, key);
+  transposed_words<T>(n, d, sp, values_t, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
+  row_words<T>(n, d, dp, keys, key);
   auto write = [&](int which, int64_t row, int64_t col, F v) {
-    store_n((T*)p.dqkv + (batch * n + row) * 3 * h + which * h + head * d + col, v, d - col);
+    store_n((T*)p.dqkv + (batch * length + row) * 3 * h + which * h + head * d + col, v, d - col);
   };
-
-  const int64_t blocks = (n + kRows - 1) / kRows;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t q0 = n * block / blocks, rows = n * (block + 1) / blocks - q0;
+  const float keep_scale = p.drop.keep_scale, factor = keep_scale * p.scale;  // come in once the sums are made
+  float total[kQueries][W];
+  for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
+    const int64_t rows = std::min(kQueries, length - q0), first = (batch * p.heads + head) * length + q0;
+    const int64_t w0 = q0 / Operand<T>::per_word;
     auto query_row = [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); };
-    auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * n + q0 + r) * h + head * d; };
+    auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * length + q0 + r) * h + head * d; };
+    prefetch_next_head<T>(p, batch, head, q0);
+    row_words<T>(rows, d, dp, queries + w0 * dp, query_row);
+    row_words<T>(rows, d, dp, douts + w0 * dp, dout_row);
     scores<T>(a, rows, d, keys_t, sp, c, s, query_row);
     scores<T>(a, rows, d, values_t, sp, c, g, dout_row);  // dP = dO V^T
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = s + r * sp;
-      float* grad = g + r * sp;
+      float *row = s + r * sp, *grad = g + r * sp;
+      Stored<T>* out = stored_row<T>(prob, r);
       masked_row(p, batch, head, q0 + r, row);
-      const int64_t query = (batch * p.heads + head) * n + q0 + r;
       // A row whose keys are all masked has lse = -inf and probability zero everywhere.
-      const float lse = p.lse[query] == kMinusInfinity ? -kMinusInfinity : p.lse[query];
-      if (keep) keep_row(query, n, p.drop, keep);
-      F total = F{};
+      const float lse = p.lse[first + r] == kMinusInfinity ? -kMinusInfinity : p.lse[first + r];
+      if (keep) keep_row(first + r, n, p.drop, keep);
+      F all = F{};
       for (int64_t j = 0; j < sp; j += W) {
-        const F e = exp(load(row + j) - lse);
+        const F e = exp_of_score<T>(load(row + j) - lse);
         F v = load(grad + j);
-        if (keep) v = dropped(v, keep + j, p.drop.keep_scale);
-        total = total + e * v;
-        store(grad + j, v);
+        if (keep) {
+          v = dropped(v, keep + j, 1.0f);
+          store(grad + j, v);
+        }
+        all = all + e * v;
         store(row + j, e);
+        put<T>(out + j, keep ? dropped(e, keep + j, 1.0f) : e);
       }
-      const float mean = sum(total);
-      for (int64_t j = 0; j < sp; j += W) {
-        const F e = load(row + j), v = e * (load(grad + j) - mean) * p.scale;
-        store(grad + j, v);
-        put<T>(ds, r, j, v, W);
-        if (keep) store(row + j, dropped(e, keep + j, p.drop.keep_scale));
-      }
+      store(total[r], all);
     }
-    Passes<T> k;
-    k.add(keys, 32, dp, words_of<T>(n));
-    product<T>(ds, rows, k, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-      for (int v = 0; v < kNV; ++v) {
-        const int64_t col = panel * 32 + v * W;
-        if (col >= d) break;
-        for (int64_t r = 0; r < mr; ++r) write(0, q0 + m + r, col, load(tile + r * 32 + v * W));
-      }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float mean = sum(load(total[r]));
+      const float *e = s + r * sp, *grad = g + r * sp;
+      Stored<T>* out = stored_row<T>(ds, r);
+      for (int64_t j = 0; j < sp; j += W) put<T>(out + j, load(e + j) * (load(grad + j) - mean) * factor);
+    }
+    block_columns<T>(prob, rows, prob_t, sp, w0);
+    block_columns<T>(ds, rows, ds_t, sp, w0);
+    product_rows<T>(ds, rows, keys, n, d, c, [&](int64_t r, int64_t col, F v) { write(0, q0 + r, col, v); });
+  }
+  for (int which = 1; which <= 2; ++which)
+    product_rows<T>(which == 1 ? ds_t : prob_t, n, which == 1 ? queries : douts, length, d, c,
+                    [&](int64_t r, int64_t col, F v) {
+      if (which == 2) v = v * keep_scale;
+      if (r >= p.prefix_length) return write(which, r - p.prefix_length, col, v);
+      const int64_t row = (batch * 2 + which - 1) * p.prefix_length + r;
+      store_n(p.dprefix + row * h + head * d + col, v, d - col);
     });
-    add_product(rows, s, dv_t, dout_row);
-    add_product(rows, g, dk_t, query_row);
-  }
-  for (int which = 1; which <= 2; ++which) {
-    transpose(which == 1 ? dk_t : dv_t, sp, d, n, wide, dp);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t i = 0; i < d; i += W) write(which, r, i, load_n(wide + r * dp + i, d - i));
-  }
 }
 
 template <class T>
@@ -256,4 +394,9 @@ template <class T>
 void attention_backward_typed(const Attention& p, Parallel parallel) {
   parallel_for(parallel, p.batch * p.heads,
                [&](int64_t task) { attention_backward_head<T>(p, task / p.heads, task % p.heads); });
+  if (p.dprefix_sum == nullptr) return;
+  const int64_t h = p.heads * p.head_dim, rows = 2 * p.prefix_length;
+  parallel_for(parallel, rows, [&](int64_t row) {
+    ordered_sum(p.dprefix + row * h, p.batch, h, rows * h, p.dprefix_sum + row * h);
+  });
 }

@@ -2,74 +2,78 @@
 //
 // A block of rows is read once: it stays in the second-level cache through both products, the sums and the LayerNorm.
 
-constexpr int64_t kRows = 56;  // rows in a block: four tiles of 14
+constexpr int64_t kRows = kBottleneckRows;
 
 template <class T, Act A>
 void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows) {
   Scratch& scr = scratch();
-  const int64_t h = p.hidden, b = p.b, stride = (h + 31) / 32 * 32 + 16, keep_stride = (h + 63) / 64 * 64;
+  const int64_t h = p.hidden, b = p.b, keep_stride = (h + 63) / 64 * 64;
   ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
   ABlock a{scr.get<uint32_t>(1, ABlock::size(rows, words_of<T>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(rows));
-  float* sums = scr.get<float>(3, (rows + 32) * stride);
   int8_t* keep = nullptr;
   if (p.drop.on) {
     keep = scr.get<int8_t>(4, rows * keep_stride);
-    keep_rows<T>(r0, rows, h, p.drop, keep);
+    keep_rows(r0, rows, h, p.drop, keep);
   }
   for (int64_t r = 0; r < rows; ++r) {
     copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
     pad_row<T>(a, r, b);
   }
-  product<T>(x, rows, passes_of<T>(p.down), 0, (b + 31) / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  // While the products compute, memory brings what is read after them: the residual, then the next block of x.
+  const int64_t panels_down = (b + 31) / 32, panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
+  const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
+  const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
+  product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    prefetch(residual, bytes, panel * rows + m, panel * rows + m + mr, panels_down * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= b) break;
       const F bias = p.b_down ? load_n(p.b_down + col, b - col) : F{};
       for (int64_t r = 0; r < mr; ++r) {
         const F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
-        if (p.z) store_n((T*)p.z + (r0 + m + r) * b + col, z, b - col);
-        put<T>(a, m + r, col, act<A>(z), b - col);
+        if (p.z) store_n((T*)p.z + (r0 + m + r) * p.z_stride + col, z, b - col);
+        put<T>(a, m + r, col, act_as<T, A>(z), b - col);
       }
     }
   });
-  // While this product computes, memory brings what is read next: the residual, and the next block of x.
-  const int64_t panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
-  const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
-  const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
-  product_into<T>(a, rows, passes_of<T>(p.up), panels, c, sums, stride, [&](int64_t panel) {
-    prefetch(residual, bytes, panel, panel + 1, panels);
-    prefetch(next, bytes, panel, panel + 1, panels);
-  });
-  with_whole(h, [&](auto whole) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (r0 + r) * h;
-      float* sum_row = sums + r * stride;
-      const T* x_row = p.skip ? (const T*)p.x + at : nullptr;
-      const T* residual_row = residual ? residual + r * h : nullptr;
-      const int8_t* keep_row = keep ? keep + r * keep_stride : nullptr;
-      T* s_row = p.s ? (T*)p.s + at : nullptr;
-      T* y_row = (T*)p.y + at;
-      F total[4] = {};
-      four_chains(h, [&](int64_t i, int chain) {
-        const int64_t n = h - i;
-        F s = load(sum_row + i);
-        if (p.b_up) s = s + load_n<whole>(p.b_up + i, n);
-        s = s * p.factor;
-        if (p.scale) s = s * load_n<whole>(p.scale + i, n);
-        if (keep_row) s = dropped(s, keep_row + i, p.drop.keep_scale);
-        if (x_row) s = s + load_n<whole>(x_row + i, n);
-        if (residual_row) s = s + load_n<whole>(residual_row + i, n);
-        if (!p.norm_weight) return store_n<whole>(y_row + i, s, n);
-        s = rounded<T>(s);
-        if constexpr (!whole) s = tail_zeroed(s, n);
-        total[chain] = total[chain] + s;
-        store(sum_row + i, s);
-        if (s_row) store_n<whole>(s_row + i, s, n);
-      });
-      if (p.norm_weight)
-        normalise<whole>(sum_row, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, y_row);
+  // s is kept in the cache where nothing saves it; its rows' sums give the LayerNorm a first estimate of the mean.
+  T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
+  F* totals = scr.get<F>(3, rows);
+  std::memset((void*)totals, 0, sizeof(F) * rows);
+  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
+    for (int v = 0; v < kNV; ++v) {
+      const int64_t col = panel * 32 + v * W, n = h - col;
+      if (n <= 0) break;
+      const F scale = p.scale ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
+      const F bias = p.b_up ? load_n(p.b_up + col, n) : F{};
+      const float* from = tile + v * W;
+      const T* own = p.skip ? (const T*)p.x + (r0 + m) * h + col : nullptr;
+      const T* other = residual ? residual + m * h + col : nullptr;
+      T* to = s + m * h + col;
+      if (n >= W && own && other && !keep) {  // the common case apart: nothing but arithmetic in its loop
+        for (int64_t r = 0; r < mr; ++r) {
+          const F sum = (load(from + r * 32) + bias) * scale + load(own + r * h) + load(other + r * h);
+          store(to + r * h, sum);
+          totals[m + r] = totals[m + r] + sum;
+        }
+        continue;
+      }
+      for (int64_t r = 0; r < mr; ++r) {
+        F sum = (load(from + r * 32) + bias) * scale;
+        if (keep) sum = dropped_n(sum, keep + (m + r) * keep_stride + col, p.drop.keep_scale, n);
+        if (own) sum = sum + load_n(own + r * h, n);
+        if (other) sum = sum + load_n(other + r * h, n);
+        store_n(to + r * h, sum, n);
+        totals[m + r] = totals[m + r] + tail_zeroed(sum, n);
+      }
     }
+  });
+  if (!p.norm_weight) return;
+  with_whole(h, [&](auto whole) {
+    for (int64_t r = 0; r < rows; ++r)
+      normalise<whole>(s + r * h, h, sum(totals[r]) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + (r0 + r) * h);
   });
 }
 
@@ -101,7 +105,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   ABlock dh{scr.get<uint32_t>(1, ABlock::size(rows, words_of<T>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(std::max(rows, b)));
   float* ds = scr.get<float>(3, rows * hp);
-  float* g = p.drop.on ? scr.get<float>(4, rows * hp) : ds;
+  T* g = weights ? scr.get<T>(4, rows * h + W) : nullptr;  // gradient of the scaled output, rounded as eager code does
   float* s = scr.get<float>(5, h + W);
   int8_t* keep = p.drop.on ? scr.get<int8_t>(6, h + 64) : nullptr;
 
@@ -113,7 +117,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = (r0 + r) * h;
       float* ds_row = ds + r * hp;
-      float* g_row = g + r * hp;
+      T* g_row = g ? g + r * h : nullptr;
       const T* dy_row = (const T*)p.dy + at;
       T* dresidual = p.dresidual ? (T*)p.dresidual + at : nullptr;
       if (p.norm_weight)
@@ -126,10 +130,8 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
         const int64_t n = h - i;
         F v = load_n<whole>(ds_row + i, n);
         if (dresidual) store_n<whole>(dresidual + i, v, n);
-        if (keep) {
-          v = dropped(v, keep + i, p.drop.keep_scale);
-          store_n<whole>(g_row + i, v, n);
-        }
+        if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
+        if (g_row) store_n<whole>(g_row + i, v, n);
         if (sum_b_up) store_n<whole>(sum_b_up + i, load_n<whole>(sum_b_up + i, n) + v, n);
         v = v * p.factor;
         if (p.scale) v = v * load_n<whole>(p.scale + i, n);
@@ -137,7 +139,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
       });
       pad_row<T>(d, r, h);
       pad_row<T>(dh, r, b);
-      for (int64_t i = h; i < hp; ++i) ds_row[i] = g_row[i] = 0.0f;
+      for (int64_t i = h; i < hp; ++i) ds_row[i] = 0.0f;
       sums.end_row(r, r + 1 == rows);
     }
   });
@@ -158,7 +160,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
       if (col >= b) break;
       F total = F{};
       for (int64_t r = 0; r < mr; ++r) {
-        const F z = load_n((const T*)p.z + (r0 + m + r) * b + col, b - col);
+        const F z = load_n((const T*)p.z + (r0 + m + r) * p.z_stride + col, b - col);
         const F value = rounded<T>(load(tile + r * 32 + v * W) * d_act<A>(z));
         put<T>(dh, m + r, col, value, b - col);
         if (weights) {
@@ -186,44 +188,46 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   }
   if (!weights) return;
 
-  // Products over the block's rows, in float whatever T is: [b, rows] by [rows, H].
-  ABlock left{scr.get<uint32_t>(9, ABlock::size(b, rows)), padded_rows(b)};
-  auto add_product = [&](const float* rows_of_left, const float* right, int64_t ldb, float* out) {
-    transpose(rows_of_left, bp, rows, b, (float*)left.words, kStride);
-    Passes<float> k;
-    k.add((const uint32_t*)right, 32, ldb, rows);
-    product<float>(left, b, k, 0, hp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-      for (int64_t r = 0; r < mr; ++r)
-        for (int v = 0; v < kNV; ++v) {
-          float* to = out + (m + r) * grads.columns + panel * 32 + v * W;
-          store(to, load(to) + load(tile + r * 32 + v * W));
-        }
-    });
-  };
-  add_product(a_rows, g, hp, grads.up);
-  if (!p.x) return;
-  const float* x = (const float*)p.x + r0 * h;
-  if (!std::is_same_v<T, float> || hp != h) {
-    float* wide = scr.get<float>(10, rows * hp);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < hp; i += W)
-        store(wide + r * hp + i, i < h ? load_n((const T*)p.x + (r0 + r) * h + i, h - i) : F{});
-    x = wide;
+  add_over_rows<T>(rows, a_rows, bp, b, g, h, h, grads.up, grads.columns);
+  if (p.x) add_over_rows<T>(rows, dh_rows, bp, b, (const T*)p.x + r0 * h, h, h, grads.down, grads.columns);
+}
+
+// Where one share of a slot's gradients keeps what; sizes in floats.
+struct GradLayout {
+  int64_t hp, matrix, wide, narrow, norm, size;
+  explicit GradLayout(const BottleneckBackward& p)
+      : hp((p.hidden + 31) / 32 * 32), matrix(p.dw_down ? p.b * hp : 0), wide(p.dw_down ? hp : 0),
+        narrow(p.dw_down ? p.b + W : 0), norm(p.dnorm_weight ? hp : 0), size(2 * matrix + wide + narrow + 2 * norm) {}
+  BottleneckGrads at(float* base) const {
+    return {base, base + matrix, base + 2 * matrix, base + 2 * matrix + narrow, hp, wide + 2 * norm};
   }
-  add_product(dh_rows, x, hp, grads.down);
+};
+// The gradients of a slot from `count` shares, which lie `stride` apart; the first is overwritten.
+inline void finish_gradients(const BottleneckBackward& p, const GradLayout& l, float* shares, int64_t count,
+                             int64_t stride) {
+  const int64_t h = p.hidden, b = p.b;
+  if (p.dw_down) {
+    for (int64_t i = 0; i < b; ++i) ordered_sum(shares + i * l.hp, count, h, stride, p.dw_down + i * h);
+    ordered_sum(shares + l.matrix, count, l.matrix, stride, shares + l.matrix);
+    transpose(shares + l.matrix, l.hp, b, h, p.g_up, b);
+    ordered_sum(shares + 2 * l.matrix, count, b, stride, p.db_down);
+    ordered_sum(shares + 2 * l.matrix + l.narrow, count, h, stride, p.g_bias);
+  }
+  if (l.norm) {
+    ordered_sum(shares + 2 * l.matrix + l.narrow + l.wide, count, h, stride, p.dnorm_weight);
+    ordered_sum(shares + 2 * l.matrix + l.narrow + l.wide + l.norm, count, h, stride, p.dnorm_bias);
+  }
 }
 
 template <class T>
 void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
-  const int64_t h = p.hidden, b = p.b, hp = (h + 31) / 32 * 32;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.rows, p.threads));
-  const int64_t matrix = p.dw_down ? b * hp : 0, wide = p.dw_down ? hp : 0, narrow = p.dw_down ? b + W : 0;
-  const int64_t norm = p.dnorm_weight ? hp : 0, size = 2 * matrix + wide + narrow + 2 * norm;
-  float* shares = scratch().get<float>(15, parts * size + 16);
+  const GradLayout layout(p);
+  float* shares = scratch().get<float>(15, parts * layout.size + 16);
   parallel_for(parallel, parts, [&](int64_t part) {
-    float* base = shares + part * size;
-    std::memset(base, 0, sizeof(float) * size);
-    const BottleneckGrads grads{base, base + matrix, base + 2 * matrix, base + 2 * matrix + narrow, hp, wide + 2 * norm};
+    float* base = shares + part * layout.size;
+    std::memset(base, 0, sizeof(float) * layout.size);
+    const BottleneckGrads grads = layout.at(base);
     const int64_t first = p.rows * part / parts, last = p.rows * (part + 1) / parts;
     const int64_t blocks = (last - first + kRows - 1) / kRows;
     with_act(p.act, [&](auto a) {
@@ -233,15 +237,85 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
       }
     });
   });
-  if (p.dw_down) {
-    for (int64_t i = 0; i < b; ++i) ordered_sum(shares + i * hp, parts, h, size, p.dw_down + i * h);
-    ordered_sum(shares + matrix, parts, matrix, size, shares + matrix);
-    transpose(shares + matrix, hp, b, h, p.g_up, b);
-    ordered_sum(shares + 2 * matrix, parts, b, size, p.db_down);
-    ordered_sum(shares + 2 * matrix + narrow, parts, h, size, p.g_bias);
+  finish_gradients(p, layout, shares, parts, layout.size);
+}
+
+// -- rows that differ in their adapter -------------------------------------------------------------------------------
+
+template <class T>
+void bottleneck_rows_forward_typed(const BottleneckRowsForward& all, Parallel parallel) {
+  parallel_for(parallel, all.count, [&](int64_t i) {
+    const SlotBlock& block = all.blocks[i];
+    const BottleneckForward& p = all.slots[block.slot];
+    if (p.b > 0) {
+      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows); });
+      return;
+    }
+    AddNormForward n{};
+    n.hidden = p.hidden;
+    n.x = p.skip ? p.x : p.residual;
+    n.residual = p.skip ? p.residual : nullptr;
+    n.norm_weight = p.norm_weight;
+    n.norm_bias = p.norm_bias;
+    n.eps = p.eps;
+    n.y = p.y;
+    n.s = p.s;
+    add_norm_forward_rows<T>(n, block.r0, block.r0 + block.rows);
+  });
+}
+
+template <class T>
+void bottleneck_rows_backward_block(const BottleneckBackward& p, const SlotBlock& block, float* share) {
+  const GradLayout layout(p);
+  if (p.b > 0) {
+    with_act(p.act, [&](auto a) {
+      bottleneck_backward_block<T, a.value>(p, block.r0, block.rows, layout.at(share));
+    });
+    return;
   }
-  if (norm) {
-    ordered_sum(shares + 2 * matrix + narrow + wide, parts, h, size, p.dnorm_weight);
-    ordered_sum(shares + 2 * matrix + narrow + wide + norm, parts, h, size, p.dnorm_bias);
+  const int64_t h = p.hidden;
+  AddNormBackward n{};
+  n.hidden = h;
+  n.dy = p.dy;
+  n.s = p.s;
+  n.norm_weight = p.norm_weight;
+  n.eps = p.eps;
+  n.dx = p.skip ? p.dx : nullptr;
+  n.dresidual = p.dresidual;
+  float* sums = layout.norm ? scratch().get<float>(14, 2 * h) : nullptr;
+  if (sums) std::memset(sums, 0, sizeof(float) * 2 * h);
+  add_norm_backward_rows<T>(n, block.r0, block.r0 + block.rows, sums);
+  for (int64_t i = 0; sums && i < h; ++i) {
+    share[i] += sums[i];
+    share[layout.norm + i] += sums[h + i];
   }
+  if (p.dx && !p.skip) std::memset((T*)p.dx + block.r0 * h, 0, sizeof(T) * block.rows * h);
+}
+
+// The shares of a slot lie side by side in the order of their parts, so that their sum always runs in one order.
+template <class T>
+void bottleneck_rows_backward_typed(const BottleneckRowsBackward& all, Parallel parallel) {
+  int64_t* start = scratch().get<int64_t>(13, all.slot_count);
+  int64_t total = 0;
+  for (int64_t slot = 0; slot < all.slot_count; ++slot) {
+    start[slot] = total;
+    total += std::max(1, all.shares[slot]) * GradLayout(all.slots[slot]).size;
+  }
+  float* shares = scratch().get<float>(15, total + 16);
+  parallel_for(parallel, all.parts, [&](int64_t part) {
+    for (int64_t i = all.count * part / all.parts; i < all.count * (part + 1) / all.parts; ++i) {
+      const SlotBlock& block = all.blocks[i];
+      const BottleneckBackward& p = all.slots[block.slot];
+      const int64_t size = GradLayout(p).size;
+      float* share = shares + start[block.slot] + block.share * size;
+      if (block.first) std::memset(share, 0, sizeof(float) * size);
+      bottleneck_rows_backward_block<T>(p, block, share);
+    }
+  });
+  parallel_for(parallel, all.slot_count, [&](int64_t slot) {
+    const BottleneckBackward& p = all.slots[slot];
+    const GradLayout layout(p);
+    if (all.shares[slot] == 0) std::memset(shares + start[slot], 0, sizeof(float) * layout.size);
+    finish_gradients(p, layout, shares + start[slot], std::max(1, all.shares[slot]), layout.size);
+  });
 }

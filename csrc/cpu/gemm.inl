@@ -23,7 +23,7 @@ template <>
 struct Operand<bf16> {
   static constexpr bool pairs = true;
   static constexpr int per_word = 2;
-  static constexpr int pad = 32;
+  static constexpr int pad = FA_BF16 == 1 ? 2 : 32;  // AMX multiplies 32 at a time
 };
 #endif
 template <class T>
@@ -35,6 +35,7 @@ FA_INLINE int64_t words_of(int64_t k) {
 // -- tiles: C[rows][32] (+)= A[rows][kw] B[kw][32] -------------------------------------------------------------------
 
 constexpr int kNV = 32 / W;  // vectors in a panel's row
+constexpr int kHalf = (kNV + 1) / 2;  // the same where only the first 16 columns are wanted
 
 template <bool Pairs>
 FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
@@ -47,23 +48,23 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
   return acc + (F)b * f;
 }
 
-template <int MR, bool Pairs>
+template <int MR, bool Pairs, int NV>
 __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb, int64_t kw,
                                     float* __restrict c, int64_t ldc, bool accumulate) {
-  F acc[MR][kNV];
+  F acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kNV; ++v) acc[m][v] = F{};
+    for (int v = 0; v < NV; ++v) acc[m][v] = F{};
   for (int64_t k = 0; k < kw; ++k) {
-    U row[kNV];
+    U row[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < kNV; ++v) std::memcpy(&row[v], b + v * W, sizeof(U));
+    for (int v = 0; v < NV; ++v) std::memcpy(&row[v], b + v * W, sizeof(U));
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       uint32_t x = a[m * kStride];
 #pragma GCC unroll 8
-      for (int v = 0; v < kNV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
+      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
     }
     __builtin_prefetch(b + kAhead * ldb, 0, 3);
     __builtin_prefetch(b + kAhead * ldb + 16, 0, 3);
@@ -73,16 +74,16 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kNV; ++v) {
+    for (int v = 0; v < NV; ++v) {
       float* to = c + m * ldc + v * W;
       store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
     }
 }
 
 using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
-template <bool Pairs, int... M>
+template <bool Pairs, int NV, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
-  return {tile<M + 1, Pairs>...};
+  return {tile<M + 1, Pairs, NV>...};
 }
 
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -95,7 +96,13 @@ struct Tiles {
   struct Session {};
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
-    static constexpr auto table = tiles_of<Operand<T>::pairs>(std::make_integer_sequence<int, FA_ROWS>{});
+    static constexpr auto table = tiles_of<Operand<T>::pairs, kNV>(std::make_integer_sequence<int, FA_ROWS>{});
+    table[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
+  }
+  // Of the 32 columns the first 16 only.
+  static void run_half(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                       bool accumulate) {
+    static constexpr auto table = tiles_of<Operand<T>::pairs, kHalf>(std::make_integer_sequence<int, FA_ROWS>{});
     table[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
   }
 };
@@ -106,6 +113,10 @@ struct Tiles<bf16> {
   using Session = AmxSession;
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
+    amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
+  }
+  static void run_half(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                       bool accumulate) {
     amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
 };
@@ -130,10 +141,11 @@ FA_INLINE void put(const ABlock& a, int64_t m, int64_t i, F v, int64_t n) {
   else store_n((float*)a.row(m, i), rounded<T>(v), n);
 }
 // Zeros from element k to the end of the last word group: what lies there is multiplied by B's zero padding.
+// Element 0 is in word `start`.
 template <class T>
-FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k) {
+FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k, int64_t start = 0) {
   if constexpr (Operand<T>::pairs)
-    for (int64_t i = k; i < words_of<T>(k) * 2; ++i) *((bf16*)a.row(m, i / 2) + i % 2) = 0;
+    for (int64_t i = k; i < words_of<T>(k) * 2; ++i) *((bf16*)a.row(m, start + i / 2) + i % 2) = 0;
 }
 
 // Row m of the block from a row in memory.
@@ -162,6 +174,7 @@ class Passes {
   static constexpr int64_t kLength = kPass<Operand<T>::pairs>;
 
  public:
+  explicit Passes(int64_t start = 0) : start_(start) {}
   void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
     for (int64_t k = 0; k < words; k += kLength)
       passes_[count_++] = {start_ + k, b + k * ldb, panel_stride, ldb, std::min(kLength, words - k)};
@@ -173,7 +186,7 @@ class Passes {
  private:
   Pass passes_[kMaxPasses];
   int count_ = 0;
-  int64_t start_ = 0;
+  int64_t start_;
 };
 template <class T>
 FA_INLINE Passes<T> passes_of(const Packed& p) {
@@ -189,13 +202,23 @@ FA_INLINE void prefetch(const void* p, int64_t bytes, int64_t from, int64_t to, 
   for (int64_t i = bytes * from / of / 64 * 64; i < bytes * to / of; i += 64)
     __builtin_prefetch((const char*)p + i, 0, 2);
 }
-// For every tile of the product of A's rows with panels [first, last): epilogue(panel, m, rows, c) with c [rows][32].
-template <class T, class Epilogue>
-FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
-                       Epilogue&& epilogue) {
+struct RowTile {  // rows [m, m + rows) of a block, all of one slot
+  int64_t m, rows;
+  int slot;
+};
+// What is added to the rows of a slot beside the product that all rows share.
+struct Extra {
+  const Pass* passes;
+  int count;
+};
+// For every tile of the product of A's rows with panels [first, last): epilogue(panel, tile, c) with c [rows][32].
+// tile_at(i) is the i-th of `blocks` tiles; `extras` is indexed by slot, or null; `columns` are the whole product's.
+template <class T, class TileAt, class Epilogue>
+FA_INLINE void product_of_tiles(const ABlock& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k,
+                                const Extra* extras, int64_t columns, int64_t first, int64_t last, float* c,
+                                Epilogue&& epilogue) {
   using Tl = Tiles<T>;
   [[maybe_unused]] typename Tl::Session session{};
-  const int64_t blocks = (rows + Tl::max_rows - 1) / Tl::max_rows;
   for (int64_t panel = first; panel < last; ++panel) {
     for (int i_pass = 0; i_pass < k.count(); ++i_pass) {
       const Pass& pass = k[i_pass];
@@ -205,14 +228,34 @@ FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_
       const Pass& next_pass = k[more ? i_pass + 1 : 0];
       const uint32_t* next = next_pass.b + (more ? panel : std::min(panel + 1, last - 1)) * next_pass.panel_stride;
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
+        const RowTile t = tile_at(i);
         float* tile = c + i * Tl::max_rows * 32;
         if (next_pass.ldb == 32) prefetch(next, next_pass.words * 128, i, i + 1, blocks);
-        Tl::run((int)n, a.row(m, pass.a), b, pass.ldb, pass.words, tile, 32, i_pass > 0);
-        if (i_pass + 1 == k.count()) epilogue(panel, m, n, tile);
+        const auto run = columns - panel * 32 <= 16 ? Tl::run_half : Tl::run;
+        run((int)t.rows, a.row(t.m, pass.a), b, pass.ldb, pass.words, tile, 32, i_pass > 0);
+        if (more) continue;
+        if (extras)
+          for (int e = 0; e < extras[t.slot].count; ++e) {
+            const Pass& extra = extras[t.slot].passes[e];
+            run((int)t.rows, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.ldb, extra.words, tile, 32,
+                true);
+          }
+        epilogue(panel, t, tile);
       }
     }
   }
+}
+// The same over all rows, with nothing to add; epilogue(panel, m, rows, c).
+template <class T, class Epilogue>
+FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
+                       Epilogue&& epilogue) {
+  const int64_t blocks = (rows + Tiles<T>::max_rows - 1) / Tiles<T>::max_rows;
+  auto tile_at = [&](int64_t i) -> RowTile {
+    const int64_t m = rows * i / blocks;
+    return {m, rows * (i + 1) / blocks - m, 0};
+  };
+  product_of_tiles<T>(a, blocks, tile_at, k, nullptr, last * 32, first, last, c,
+                      [&](int64_t panel, const RowTile& t, const float* tile) { epilogue(panel, t.m, t.rows, tile); });
 }
 // The product into out [rows][ldo], which has room for 32 more rows and for whole panels.
 template <class T, class Before>

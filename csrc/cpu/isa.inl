@@ -12,6 +12,7 @@ namespace FA_NAMESPACE {
 #include "linear.inl"
 #include "bottleneck.inl"
 #include "attention.inl"
+#include "merge.inl"
 
 inline int64_t packed_words(DType t, int64_t k, int64_t n) {
   return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * ((n + 31) / 32 * 32);
@@ -33,6 +34,8 @@ FA_ENTRY(linear_forward, LinearForward)
 FA_ENTRY(linear_backward, LinearBackward)
 FA_ENTRY(bottleneck_forward, BottleneckForward)
 FA_ENTRY(bottleneck_backward, BottleneckBackward)
+FA_ENTRY(bottleneck_rows_forward, BottleneckRowsForward)
+FA_ENTRY(bottleneck_rows_backward, BottleneckRowsBackward)
 FA_ENTRY(add_norm_forward, AddNormForward)
 FA_ENTRY(add_norm_backward, AddNormBackward)
 FA_ENTRY(drop, Drop)
@@ -46,9 +49,22 @@ FA_ENTRY(attention_backward, Attention)
 #define FA_STRING2(a) #a
 #define FA_STRING(a) FA_STRING2(a)
 const Table FA_CONCAT(table_, FA_NAMESPACE) = {
-    FA_STRING(FA_NAMESPACE),           FA_NAMESPACE::packed_words,        FA_NAMESPACE::pack,
-    FA_NAMESPACE::linear_forward,      FA_NAMESPACE::linear_backward,     FA_NAMESPACE::bottleneck_forward,
-    FA_NAMESPACE::bottleneck_backward, FA_NAMESPACE::add_norm_forward,    FA_NAMESPACE::add_norm_backward,
-    FA_NAMESPACE::drop,                FA_NAMESPACE::attention_forward,   FA_NAMESPACE::attention_backward,
+    FA_STRING(FA_NAMESPACE),
+    FA_NAMESPACE::packed_words,
+    FA_NAMESPACE::pack,
+    FA_NAMESPACE::linear_forward,
+    FA_NAMESPACE::linear_backward,
+    FA_NAMESPACE::bottleneck_forward,
+    FA_NAMESPACE::bottleneck_backward,
+    FA_NAMESPACE::bottleneck_rows_forward,
+    FA_NAMESPACE::bottleneck_rows_backward,
+    FA_NAMESPACE::add_norm_forward,
+    FA_NAMESPACE::add_norm_backward,
+    FA_NAMESPACE::drop,
+    FA_NAMESPACE::attention_forward,
+    FA_NAMESPACE::attention_backward,
+    FA_NAMESPACE::merge_pack,
+    FA_NAMESPACE::merge_rows,
+    FA_NAMESPACE::unmerge_rows,
 };
 }  // namespace fastadapt::cpu

@@ -26,16 +26,35 @@ struct Dropout {
 using Task = void (*)(int64_t task, void* context);
 using Parallel = void (*)(int64_t tasks, Task fn, void* context);
 
+// A low-rank addition to a linear op: scale drop(x) A^T B^T in the rows of its slot and the columns of weight `owner`.
+struct LowRank {
+  int owner, slot;
+  int64_t rank, column;  // `column` of s is its first
+  Packed down, up;       // forward: A^T [k, rank] and B^T [rank, n]; backward: B [n, rank] and A [rank, k]
+  float scale;
+  Dropout drop;
+  float *da, *db;  // backward: [rank, k] and [n, rank], both or neither
+};
+struct LowRanks {
+  int count = 0;
+  const LowRank* loras = nullptr;  // in the order of their slots
+  int64_t columns = 0;             // of s
+  int slots = 1;
+  const int64_t* table = nullptr;  // slot of each of `batch` equal groups of rows; null: slot 0 for all
+  int64_t batch = 1;
+};
+
 struct LinearForward {  // y = drop(act(x [W_0; ..]^T + bias)); z = pre-activation or null
   DType type;
   int64_t rows, k, n;  // n: all columns of y
   const void* x;
   int count;
   const Packed* weights;
-  const float* bias;  // [n] or null
+  const float* bias;  // [slots][n] or null
   Act act;
   Dropout drop;
-  void *y, *z;
+  LowRanks low;
+  void *y, *z, *s;  // s [rows][low.columns]: what B multiplies, or null
   uint8_t* code;  // instead of z: act' in a byte, see derivative_in_a_byte in fastadapt/ops/schemas.py; or null
   int threads;
 };
@@ -49,8 +68,10 @@ struct LinearBackward {  // dx = (drop(dy) * act'(z)) [W_0; ..]
   const Packed* weights;  // each [k_i, n]
   Act act;
   Dropout drop;
-  void* dx;      // or null
-  float* dbias;  // [k] or null
+  LowRanks low;
+  const void *x, *s;  // where LoRAs have gradients
+  void* dx;           // or null
+  float* dbias;       // [slots][k] or null
   int threads;
 };
 
@@ -77,6 +98,7 @@ struct BottleneckForward {
   float eps;
   Dropout drop;
   void *y, *z, *s;  // z, s or null
+  int64_t z_stride;  // elements from one row of z to the next
   int threads;
 };
 
@@ -95,7 +117,33 @@ struct BottleneckBackward {
   void *dx, *dresidual;                          // or null
   float *dw_down, *db_down, *g_up, *g_bias;      // all or none
   float *dnorm_weight, *dnorm_bias;              // both or none
+  int64_t z_stride;                              // elements from one row of z to the next
   int threads;
+};
+
+// Rows that differ in their adapter: the parameters of every slot, which share type, rows, hidden and eps. A slot of
+// b = 0 has no adapter: y = LN([x if skip] + [residual]), and in backward the dx of its rows is zero without the skip.
+constexpr int64_t kBottleneckRows = 56;  // rows in a block: four tiles of 14
+struct SlotBlock {
+  int64_t r0, rows;
+  int slot;
+  int share;   // backward: which of the slot's shares of gradients the block adds to
+  bool first;  // backward: whether it is the first that does
+};
+struct BottleneckRowsForward {
+  DType type;
+  const BottleneckForward* slots;
+  const SlotBlock* blocks;
+  int64_t count;  // of the blocks
+};
+struct BottleneckRowsBackward {
+  DType type;
+  const BottleneckBackward* slots;
+  const int* shares;  // how many a slot has; 0 where no row is of it
+  int64_t slot_count;
+  const SlotBlock* blocks;
+  int64_t count;
+  int64_t parts;  // ranges of blocks; the blocks of a slot in one part have one share
 };
 
 struct AddNormForward {
@@ -125,7 +173,10 @@ struct Attention {
   DType type;
   int64_t batch, length, heads, head_dim;
   const void* qkv;
-  const void* mask;  // null, bool (one byte) or float
+  const void* prefix;     // keys [prefix_length, heads * head_dim], then values; null where prefix_length is 0
+  int64_t prefix_length;
+  int64_t prefix_stride;  // elements from one row of the batch to the next: 0 where all share one
+  const void* mask;       // null, bool (one byte) or float
   bool mask_is_bool;
   int64_t mask_strides[4];  // batch, head, query, key, in elements
   float scale;
@@ -134,6 +185,34 @@ struct Attention {
   float* lse;        // forward: written or null; backward: read
   const void* dout;  // backward
   void* dqkv;        // backward
+  float* dprefix;      // backward: [batch, 2, prefix_length, heads * head_dim]
+  float* dprefix_sum;  // backward: its sum over the batch where the rows share a prefix, else null
+};
+
+enum class WeightType : int { f32, bf16, f16 };
+
+// A merged weight that the byte of its difference can't restore: its flat index and its bits.
+struct MergeEntry {
+  uint32_t index, bits;
+};
+
+struct MergePack {  // panels = a [rank, cols] in panels of 64 columns, t = scale * b [rows, rank]
+  DType a_type, b_type;
+  int64_t rows, cols, rank;
+  const void *a, *b;
+  float scale;
+  float *panels, *t;
+};
+
+struct MergeRows {  // w += t a or w -= t a, rounded once
+  WeightType type;
+  int64_t rows, cols, rank;
+  void* w;         // [rows, cols], as are the codes
+  const float* a;  // in panels
+  const float* t;  // [rows, rank]
+  int8_t* codes;   // in: written; out: read; null where the way back rounds
+  MergeEntry* listed;  // in with codes: room for every weight; in no order
+  int64_t count;       // of the listed
 };
 
 constexpr int64_t kPanel = 32;
@@ -151,11 +230,16 @@ struct Table {
   void (*linear_backward)(const LinearBackward&, Parallel);
   void (*bottleneck_forward)(const BottleneckForward&, Parallel);
   void (*bottleneck_backward)(const BottleneckBackward&, Parallel);
+  void (*bottleneck_rows_forward)(const BottleneckRowsForward&, Parallel);
+  void (*bottleneck_rows_backward)(const BottleneckRowsBackward&, Parallel);
   void (*add_norm_forward)(const AddNormForward&, Parallel);
   void (*add_norm_backward)(const AddNormBackward&, Parallel);
   void (*drop)(const Drop&, Parallel);
   void (*attention_forward)(const Attention&, Parallel);
   void (*attention_backward)(const Attention&, Parallel);
+  bool (*merge_pack)(const MergePack&);  // false: a or b holds NaN or infinity
+  bool (*merge_rows)(MergeRows&);        // false: a result is NaN or infinite
+  bool (*unmerge_rows)(MergeRows&);      // likewise; always true with codes
 };
 
 // One a file isa_*.cpp; each may be called only where supported(name) says so.

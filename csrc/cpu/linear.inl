@@ -1,7 +1,8 @@
-// y = drop(act(x [W_0; W_1; ..]^T + bias)) and its backward dx = (drop(dy) act'(z)) [W_0; W_1; ..].
+// y = drop(act(x [W_0; W_1; ..]^T + bias + low-rank additions)) and its backward.
 //
 // A task is a chunk of rows, or where rows are few a chunk of rows and a share of the columns: x's chunk is copied
 // once into an A block, the panels of the weights pass by it, and the epilogue works on tiles that are still in L1.
+// A LoRA is a few more words of k: s = scale x A^T stands behind x in the block, B^T behind W.
 
 // Rows in a chunk: x's chunk comes from the second or third level cache again for every panel.
 inline int64_t chunk_rows(int64_t rows, int64_t kw) {
@@ -22,37 +23,250 @@ inline Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
   return {chunks, std::min<int64_t>(panels, (threads + chunks - 1) / chunks)};
 }
 
-template <class T>
-void keep_rows(int64_t first, int64_t rows, int64_t cols, const Dropout& d, int8_t* keep) {
+inline void keep_rows(int64_t first, int64_t rows, int64_t cols, const Dropout& d, int8_t* keep) {
   const int64_t stride = (cols + 63) / 64 * 64;
   for (int64_t r = 0; r < rows; ++r) keep_row(first + r, cols, d, keep + r * stride);
 }
+FA_INLINE F dropped_n(F v, const int8_t* keep, float keep_scale, int64_t n) {
+  if (n >= W) return dropped(v, keep, keep_scale);
+  int8_t lanes[W] = {};
+  std::memcpy(lanes, keep, (size_t)n);
+  return dropped(v, lanes, keep_scale);
+}
+
+// -- low-rank additions ----------------------------------------------------------------------------------------------
+
+inline int slot_of(const LowRanks& low, int64_t row, int64_t rows) {
+  return low.table ? (int)low.table[row / (rows / low.batch)] : 0;
+}
+// fn(first, count, slot) for every run of rows of one slot in [r0, r0 + rows); `first` counts from r0.
+template <class Fn>
+FA_INLINE void for_runs(const LowRanks& low, int64_t all_rows, int64_t r0, int64_t rows, Fn&& fn) {
+  const int64_t each = low.table ? all_rows / low.batch : all_rows;
+  for (int64_t r = 0; r < rows;) {
+    const int slot = slot_of(low, r0 + r, all_rows);
+    int64_t end = r;
+    do end = std::min(rows, ((r0 + end) / each + 1) * each - r0);
+    while (end < rows && slot_of(low, r0 + end, all_rows) == slot);
+    fn(r, end - r, slot);
+    r = end;
+  }
+}
+// The tiles of a chunk: none straddles a border of slots.
+struct TileList {
+  RowTile* tiles;
+  int64_t count;
+};
+template <class T>
+TileList tiles_of_chunk(const LowRanks& low, int64_t all_rows, int64_t r0, int64_t rows, int scratch_slot) {
+  constexpr int64_t most = Tiles<T>::max_rows;
+  TileList list{scratch().get<RowTile>(scratch_slot, rows), 0};
+  for_runs(low, all_rows, r0, rows, [&](int64_t first, int64_t count, int slot) {
+    const int64_t blocks = (count + most - 1) / most;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t m = count * i / blocks;
+      list.tiles[list.count++] = {first + m, count * (i + 1) / blocks - m, slot};
+    }
+  });
+  return list;
+}
+// Floats of scratch for the c of so many tiles.
+template <class T>
+int64_t tile_scratch_of(const TileList& list) { return (list.count + 1) * Tiles<T>::max_rows * 32 + 1024; }
+
+// Where in a row of the A block each LoRA's words stand, from `start` on; LoRAs of different slots share words.
+// Returns the end.
+template <class T>
+int64_t place(const LowRanks& low, int64_t start, int64_t* at) {
+  int64_t next = start, end = start;
+  for (int i = 0; i < low.count; ++i) {
+    if (i == 0 || low.loras[i].slot != low.loras[i - 1].slot) next = start;
+    const int64_t words = words_of<T>(low.loras[i].rank);
+    if (next % kBlock + words > kBlock) next = (next / kBlock + 1) * kBlock;
+    at[i] = next;
+    next += words;
+    end = std::max(end, next);
+  }
+  return end;
+}
+// The passes that LoRAs chosen by `wanted` add, by slot.
+template <class T, class Wanted>
+const Extra* extras_of(const LowRanks& low, const int64_t* at, Pass* passes, Extra* extras, Wanted&& wanted) {
+  int count = 0, i = 0;
+  for (int slot = 0; slot < low.slots; ++slot) {
+    extras[slot] = {passes + count, 0};
+    for (; i < low.count && low.loras[i].slot == slot; ++i) {
+      if (!wanted(low.loras[i])) continue;
+      const int64_t words = words_of<T>(low.loras[i].rank);
+      passes[count++] = {at[i], low.loras[i].up.words, words * 32, 32, words};
+      ++extras[slot].count;
+    }
+  }
+  return extras;
+}
+// The tiles of one slot, in a list of their own.
+inline TileList only(const TileList& all, int slot, bool one_slot, int scratch_slot) {
+  if (one_slot) return all;
+  TileList list{scratch().get<RowTile>(scratch_slot, all.count), 0};
+  for (int64_t i = 0; i < all.count; ++i)
+    if (all.tiles[i].slot == slot) list.tiles[list.count++] = all.tiles[i];
+  return list;
+}
+// The product of `from`, at words `start`, with a LoRA's first matrix, times the scale, into the words of `a` at `at`;
+// sink(row, column, value, n) sees what was put there.
+template <class T, class Sink>
+void low_product(const LowRank& l, const ABlock& from, int64_t start, const ABlock& a, int64_t at,
+                 const TileList& tiles, float* c, Sink&& sink) {
+  constexpr int64_t per = Operand<T>::per_word;
+  Passes<T> k(start);
+  const int64_t words = words_of<T>(l.down.k);
+  k.add(l.down.words, words * 32, 32, words);
+  product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, nullptr, l.rank, 0,
+                      (l.rank + 31) / 32, c, [&](int64_t panel, const RowTile& t, const float* tile) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      for (int v = 0; v < kNV; ++v) {
+        const int64_t col = panel * 32 + v * W, n = l.rank - col;
+        if (n <= 0) break;
+        const F value = rounded<T>(load(tile + r * 32 + v * W) * l.scale);
+        put<T>(a, t.m + r, at * per + col, value, n);
+        sink(t.m + r, col, value, n);
+      }
+      pad_row<T>(a, t.m + r, l.rank, at);
+    }
+  });
+}
+// Rows of x with a LoRA's own dropout, as an A block. `keep` are the bytes of the chunk's rows.
+template <class T>
+void masked_block(const ABlock& a, const T* x, int64_t rows, int64_t k, const int8_t* keep, float keep_scale) {
+  const int64_t stride = (k + 63) / 64 * 64;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < k; i += W)
+      put<T>(a, r, i, dropped_n(load_n(x + r * k + i, k - i), keep + r * stride + i, keep_scale, k - i), k - i);
+    pad_row<T>(a, r, k);
+  }
+}
+
+// A row of values that are already rounded to T, as words of a B or A operand whose k runs over rows: in pairs the rows
+// `even` and `odd` (or null) side by side.
+template <bool Pairs, class S>
+FA_INLINE U row_word(const S* even, const S* odd) {
+  if constexpr (!Pairs) return bits(load(even));
+  else return (bits(load(even)) >> 16) | (odd ? bits(load(odd)) : U{});
+}
+// The same for a vector of which only n lanes are there.
+template <bool Pairs, class S>
+FA_INLINE U row_word_n(const S* even, const S* odd, int64_t n) {
+  if constexpr (!Pairs) return bits(load_n(even, n));
+  else return (bits(load_n(even, n)) >> 16) | (odd ? bits(load_n(odd, n)) : U{});
+}
+// [rows][n] of S, rows `stride` apart, as words [words_of(rows)][ld]; ld is n rounded up to a multiple of W or more.
+template <class T, class S>
+void words_over_rows(const S* from, int64_t stride, int64_t rows, int64_t n, uint32_t* words, int64_t ld) {
+  constexpr bool pairs = Operand<T>::pairs;
+  constexpr int64_t per = Operand<T>::per_word;
+  const int64_t kw = words_of<T>(rows), full = rows / per;
+  for (int64_t i = 0; i < kw; ++i) {
+    const S* even = from + i * per * stride;
+    const S* odd = i < full && pairs ? even + stride : nullptr;
+    uint32_t* to = words + i * ld;
+    if (i * per >= rows) {
+      std::memset(to, 0, 4 * (size_t)ld);
+    } else if (n % W == 0 && i < full) {
+      for (int64_t j = 0; j < n; j += W) {
+        const U w = row_word<pairs>(even + j, pairs ? even + stride + j : even);
+        std::memcpy(to + j, &w, sizeof w);
+      }
+    } else {
+      for (int64_t j = 0; j < n; j += W) {
+        const U w = row_word_n<pairs>(even + j, odd ? odd + j : nullptr, n - j);
+        std::memcpy(to + j, &w, sizeof w);
+      }
+    }
+  }
+}
+
+// out[j][i] += sum over rows of left[row][j] right[row][i], j < m, i < n: the gradient of a matrix. Both hold values
+// that are rounded to T; out's rows are `ldo` apart and have room for whole panels of 32.
+template <class T, class L, class R>
+void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, const R* right, int64_t right_stride,
+                   int64_t n, float* out, int64_t ldo) {
+  Scratch& s = scratch();
+  const int64_t kw = words_of<T>(rows), ld = (m + W - 1) / W * W;
+  ABlock a{s.get<uint32_t>(9, ABlock::size(m, kw)), padded_rows(m)};
+  uint32_t* words = s.get<uint32_t>(10, kw * std::max<int64_t>(ld, 32));
+  float* c = s.get<float>(11, tile_scratch(m));
+  words_over_rows<T>(left, left_stride, rows, m, words, ld);
+  transpose((const float*)words, ld, kw, m, (float*)a.words, kStride);
+  for (int64_t col = 0; col < n; col += 32) {
+    Passes<T> k;
+    if (std::is_same_v<R, float> && !Operand<T>::pairs && n - col >= 32) {
+      k.add((const uint32_t*)(right + col), 0, right_stride, kw);  // floats are their own words
+    } else {
+      words_over_rows<T>(right + col, right_stride, rows, std::min<int64_t>(32, n - col), words, 32);
+      k.add(words, 0, 32, kw);
+    }
+    product<T>(a, m, k, 0, 1, c, [&](int64_t, int64_t first, int64_t count, const float* tile) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int v = 0; v < kNV; ++v) {
+          float* to = out + (first + r) * ldo + col + v * W;
+          store(to, load(to) + load(tile + r * 32 + v * W));
+        }
+    });
+  }
+}
+
+// -- forward ---------------------------------------------------------------------------------------------------------
 
 template <class T, Act A>
 void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns) {
   Scratch& s = scratch();
+  const LowRanks& low = p.low;
   const int64_t kw = words_of<T>(p.k);
-  ABlock a{s.get<uint32_t>(0, ABlock::size(rows, kw)), padded_rows(rows)};
-  float* c = s.get<float>(1, tile_scratch(rows));
+  const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 3);
+  int64_t* at = s.get<int64_t>(4, low.count);
+  const int64_t words = place<T>(low, kw, at);
+  ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
+  float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
   for (int64_t r = 0; r < rows; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
+  for (int i = 0; i < low.count; ++i) {
+    const LowRank& l = low.loras[i];
+    ABlock from = a;
+    if (l.drop.on) {
+      const int64_t stride = (p.k + 63) / 64 * 64;
+      int8_t* kept = s.get<int8_t>(2, rows * stride);
+      keep_rows(r0, rows, p.k, l.drop, kept);
+      from.words = s.get<uint32_t>(5, ABlock::size(rows + 32, kw));
+      masked_block<T>(from, (const T*)p.x + r0 * p.k, rows, p.k, kept, l.drop.keep_scale);
+    }
+    low_product<T>(l, from, 0, a, at[i], only(tiles, l.slot, low.slots == 1, 6), c,
+                   [&](int64_t r, int64_t col, F value, int64_t n) {
+      if (p.s && column == 0) store_n((T*)p.s + (r0 + r) * low.columns + l.column + col, value, n);
+    });
+  }
   const int64_t keep_stride = (p.n + 63) / 64 * 64;
   int8_t* keep = nullptr;
   if (p.drop.on) {
     keep = s.get<int8_t>(2, rows * keep_stride);
-    keep_rows<T>(r0, rows, p.n, p.drop, keep);
+    keep_rows(r0, rows, p.n, p.drop, keep);
   }
+  Pass* passes = s.get<Pass>(7, low.count);
+  Extra* extras = s.get<Extra>(8, low.slots);
   const int64_t bytes = rows * p.k * (int64_t)sizeof(T);
   const void* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * p.k : nullptr;
   int64_t offset = 0;
   for (int w = 0; w < p.count; ++w) {
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
-    product<T>(a, rows, passes_of<T>(p.weights[w]), panels * column / columns, panels * (column + 1) / columns, c,
-               [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    const Extra* extra =
+        low.count ? extras_of<T>(low, at, passes, extras, [&](const LowRank& l) { return l.owner == w; }) : nullptr;
+    product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]), extra,
+                        panels * 32, panels * column / columns, panels * (column + 1) / columns, c,
+                        [&](int64_t panel, const RowTile& t, const float* tile) {
+      const int64_t m = t.m, mr = t.rows;
       if (w == 0) prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
       for (int v = 0; v < kNV; ++v) {
         const int64_t local = panel * 32 + v * W, valid = n - local, col = offset + local;
         if (valid <= 0) break;
-        const F bias = p.bias ? load_n(p.bias + col, valid) : F{};
+        const F bias = p.bias ? load_n(p.bias + t.slot * p.n + col, valid) : F{};
         const float* from = tile + v * W;
         T* y = (T*)p.y + (r0 + m) * p.n + col;
         T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
@@ -60,16 +274,13 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         // The common cases apart: nothing but arithmetic in their loops.
         if (valid >= W && !keep && !z && !code) {
 #pragma GCC unroll 4
-          for (int64_t r = 0; r < mr; ++r) store(y + r * p.n, act<A>(load(from + r * 32) + bias));
+          for (int64_t r = 0; r < mr; ++r) store(y + r * p.n, act_as<T, A>(load(from + r * 32) + bias));
           continue;
         }
         if (valid >= W && !keep && code) {
 #pragma GCC unroll 4
-          for (int64_t r = 0; r < mr; ++r) {
-            const F before = load(from + r * 32) + bias;
-            store(y + r * p.n, act<A>(before));
-            store_code(code + r * p.n, d_act<A>(before), W);
-          }
+          for (int64_t r = 0; r < mr; ++r)
+            store(y + r * p.n, act_with_code<T, A>(load(from + r * 32) + bias, code + r * p.n));
           continue;
         }
         if (valid >= W && keep && A == Act::none && p.n % 32 == 0) {
@@ -82,82 +293,15 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
           const F before = rounded<T>(load(from + r * 32) + bias);
           if (z) store_n(z + r * p.n, before, valid);
           if (code) store_code(code + r * p.n, d_act<A>(before), valid);
-          F after = act<A>(before);
-          if (keep) {
-            int8_t lanes[W];  // several weights may start inside a block of 64
-            std::memcpy(lanes, keep + (m + r) * keep_stride + col, (size_t)std::min<int64_t>(W, valid));
-            after = dropped(rounded<T>(after), lanes, p.drop.keep_scale);
-          }
+          F after = act_as<T, A>(before);
+          // Several weights may start inside a block of 64 keep bytes.
+          if (keep) after = dropped_n(rounded<T>(after), keep + (m + r) * keep_stride + col, p.drop.keep_scale, valid);
           store_n(y + r * p.n, after, valid);
         }
       }
     });
     offset += n;
   }
-}
-
-template <class T, Act A>
-void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns,
-                           float* dbias) {
-  Scratch& s = scratch();
-  int64_t kw = 0;  // every weight's k starts a new block
-  for (int w = 0; w < p.count; ++w) kw += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
-  ABlock a{s.get<uint32_t>(0, ABlock::size(rows, kw)), padded_rows(rows)};
-  float* c = s.get<float>(1, tile_scratch(rows));
-  const int64_t keep_stride = (p.k + 63) / 64 * 64;
-  int8_t* keep = p.drop.on ? s.get<int8_t>(2, keep_stride) : nullptr;
-  if (dbias) std::memset(dbias, 0, sizeof(float) * p.k);
-  const RowSum sums{scratch().get<float>(3, p.k), dbias, dbias ? p.k : 0};
-  sums.start();
-  for (int64_t r = 0; r < rows; ++r) {
-    if (keep) keep_row(r0 + r, p.k, p.drop, keep);
-    int64_t col = 0, base = 0;
-    for (int w = 0; w < p.count; ++w) {
-      const int64_t k = p.weights[w].k;
-      ABlock part{a.words + base / kBlock * a.rows * kStride, a.rows};
-      for (int64_t i = 0; i < k; i += W) {
-        const int64_t at = (r0 + r) * p.k + col + i;
-        F d = load_n((const T*)p.dy + at, k - i);
-        if (keep) {
-          int8_t lanes[W];
-          std::memcpy(lanes, keep + col + i, (size_t)std::min<int64_t>(W, k - i));
-          d = dropped(d, lanes, p.drop.keep_scale);
-        }
-        if constexpr (A != Act::none)
-          d = d * (p.code ? load_code(p.code + at, k - i) : d_act<A>(load_n((const T*)p.z + at, k - i)));
-        if (dbias) add_to(sums.near + col + i, d, k - i);
-        if (p.dx) put<T>(part, r, i, d, k - i);
-      }
-      if (p.dx) pad_row<T>(part, r, k);
-      col += k;
-      base += (words_of<T>(k) + kBlock - 1) / kBlock * kBlock;
-    }
-    sums.end_row(r, r + 1 == rows);
-  }
-  if (!p.dx) return;
-  Passes<T> passes;
-  for (int w = 0; w < p.count; ++w) {
-    const int64_t words = words_of<T>(p.weights[w].k);
-    passes.add(p.weights[w].words, words * 32, 32, words);
-  }
-  const int64_t panels = (p.n + 31) / 32, elements = rows * p.k, at = r0 * p.k + elements;
-  const bool more = r0 + 2 * rows <= p.rows;
-  const void* next_dy = more ? (const T*)p.dy + at : nullptr;
-  const void* next_code = more && p.code ? p.code + at : nullptr;
-  const void* next_z = more && p.z ? (const T*)p.z + at : nullptr;
-  product<T>(a, rows, passes, panels * column / columns, panels * (column + 1) / columns, c,
-             [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    const int64_t from = panel * rows + m, to = from + mr;
-    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
-    prefetch(next_code, elements, from, to, panels * rows);
-    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
-    for (int v = 0; v < kNV; ++v) {
-      const int64_t col = panel * 32 + v * W;
-      if (col >= p.n) break;
-      for (int64_t r = 0; r < mr; ++r)
-        store_n((T*)p.dx + (r0 + m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
-    }
-  });
 }
 
 template <class T>
@@ -171,17 +315,229 @@ void linear_forward_typed(const LinearForward& p, Parallel parallel) {
   });
 }
 
+// -- backward --------------------------------------------------------------------------------------------------------
+
+// Where a task's shares of the parameters' gradients stand: dbias [slots][k], then every LoRA's dA [rank][padded n],
+// then every LoRA's dB^T [rank][padded columns of its weight].
+struct LinearGrads {
+  int64_t dbias = 0, da = 0, db = 0, size = 0;
+  int64_t padded_n = 0;
+  explicit LinearGrads(const LinearBackward& p) {
+    da = p.dbias ? (p.low.slots * p.k + 15) / 16 * 16 : 0;
+    db = size = da;
+    if (!weights(p)) return;
+    padded_n = (p.n + 31) / 32 * 32;
+    for (int i = 0; i < p.low.count; ++i) db += p.low.loras[i].rank * padded_n;
+    size = db;
+    for (int i = 0; i < p.low.count; ++i) size += p.low.loras[i].rank * padded_k(p, i);
+  }
+  static bool weights(const LinearBackward& p) { return p.low.count && p.low.loras[0].da; }
+  static int64_t padded_k(const LinearBackward& p, int i) {
+    return (p.weights[p.low.loras[i].owner].k + 31) / 32 * 32;
+  }
+};
+
+template <class T, Act A>
+void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns,
+                           const LinearGrads& layout, float* grads) {
+  constexpr int64_t per = Operand<T>::per_word;
+  Scratch& s = scratch();
+  const LowRanks& low = p.low;
+  int64_t kw = 0;  // every weight's k starts a new block
+  for (int w = 0; w < p.count; ++w) kw += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+  const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 4);
+  int64_t* at = s.get<int64_t>(5, low.count);
+  const int64_t words = place<T>(low, kw, at);
+  ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
+  float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
+  const int64_t keep_stride = (p.k + 63) / 64 * 64;
+  int8_t* keep = p.drop.on ? s.get<int8_t>(2, keep_stride) : nullptr;
+  const bool weights = grads && LinearGrads::weights(p), filled = p.dx || low.count;
+  float* dbias = grads && p.dbias ? grads + layout.dbias : nullptr;
+  float* near = s.get<float>(3, p.k);
+  int slot = slot_of(low, r0, p.rows);
+  RowSum sums{near, dbias ? dbias + slot * p.k : nullptr, dbias ? p.k : 0};
+  sums.start();
+  for (int64_t r = 0; r < rows; ++r) {
+    if (keep) keep_row(r0 + r, p.k, p.drop, keep);
+    int64_t col = 0, base = 0;
+    for (int w = 0; w < p.count; ++w) {
+      const int64_t k = p.weights[w].k;
+      ABlock part{a.words + base / kBlock * a.rows * kStride, a.rows};
+      for (int64_t i = 0; i < k; i += W) {
+        const int64_t from = (r0 + r) * p.k + col + i;
+        F d = load_n((const T*)p.dy + from, k - i);
+        if (keep) d = dropped_n(d, keep + col + i, p.drop.keep_scale, k - i);
+        if constexpr (A != Act::none)
+          d = d * (p.code ? load_code(p.code + from, k - i) : d_act<A>(load_n((const T*)p.z + from, k - i)));
+        if (dbias) add_to(sums.near + col + i, d, k - i);
+        if (filled) put<T>(part, r, i, d, k - i);
+      }
+      if (filled) pad_row<T>(part, r, k);
+      col += k;
+      base += (words_of<T>(k) + kBlock - 1) / kBlock * kBlock;
+    }
+    const int next = r + 1 < rows ? slot_of(low, r0 + r + 1, p.rows) : -1;
+    sums.end_row(r, next != slot);
+    if (next >= 0 && next != slot) {
+      slot = next;
+      if (dbias) sums.far = dbias + slot * p.k;
+    }
+  }
+  if (!filled) return;
+
+  // dlow = scale dz B, behind dz in the block; as floats where dA needs them.
+  const int64_t low_stride = (low.columns + W - 1) / W * W;
+  float* dlow = weights ? s.get<float>(6, rows * low_stride + W) : nullptr;
+  for (int i = 0; i < low.count; ++i) {
+    const LowRank& l = low.loras[i];
+    int64_t base = 0;
+    for (int w = 0; w < l.owner; ++w) base += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+    low_product<T>(l, a, base, a, at[i], only(tiles, l.slot, low.slots == 1, 7), c,
+                   [&](int64_t r, int64_t col, F value, int64_t n) {
+      if (dlow) store_n(dlow + r * low_stride + l.column + col, value, n);
+    });
+  }
+  // The keep bytes of the LoRAs that drop, one after another.
+  const int64_t x_stride = (p.n + 63) / 64 * 64;
+  int dropping = 0;
+  for (int i = 0; i < low.count; ++i) dropping += low.loras[i].drop.on;
+  int8_t* kept = dropping ? s.get<int8_t>(14, dropping * rows * x_stride) : nullptr;
+  auto kept_of = [&](int lora) {
+    int64_t before = 0;
+    for (int i = 0; i < lora; ++i) before += low.loras[i].drop.on;
+    return kept + before * rows * x_stride;
+  };
+  for (int i = 0; i < low.count; ++i)
+    if (low.loras[i].drop.on) keep_rows(r0, rows, p.n, low.loras[i].drop, kept_of(i));
+
+  if (weights)
+    for_runs(low, p.rows, r0, rows, [&](int64_t first, int64_t count, int run_slot) {
+      int64_t da = layout.da, db = layout.db;
+      for (int i = 0; i < low.count;) {
+        const LowRank& l = low.loras[i];
+        // LoRAs that read x as it is are one product.
+        int end = i + 1;
+        int64_t ranks = l.rank;
+        while (!l.drop.on && end < low.count && low.loras[end].slot == l.slot && !low.loras[end].drop.on)
+          ranks += low.loras[end++].rank;
+        if (l.slot == run_slot) {
+          const float* left = dlow + first * low_stride + l.column;
+          const T* x = (const T*)p.x + (r0 + first) * p.n;
+          if (l.drop.on) {
+            const int8_t* mask = kept_of(i) + first * x_stride;
+            T* masked = s.get<T>(12, count * p.n);
+            for (int64_t r = 0; r < count; ++r)
+              for (int64_t c0 = 0; c0 < p.n; c0 += W)
+                store_n(masked + r * p.n + c0,
+                        dropped_n(load_n(x + r * p.n + c0, p.n - c0), mask + r * x_stride + c0, l.drop.keep_scale, p.n - c0),
+                        p.n - c0);
+            x = masked;
+          }
+          add_over_rows<T>(count, left, low_stride, ranks, x, p.n, p.n, grads + da, layout.padded_n);
+        }
+        for (; i < end; ++i) {
+          const LowRank& own = low.loras[i];
+          const int64_t np = LinearGrads::padded_k(p, i), n = p.weights[own.owner].k;
+          if (own.slot == run_slot) {
+            int64_t base = 0;
+            for (int w = 0; w < own.owner; ++w) base += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+            const T* left = (const T*)p.s + (r0 + first) * low.columns + own.column;
+            using D = std::conditional_t<Operand<T>::pairs, bf16, float>;  // of dz in its block
+            const int64_t blocked = kBlock * per;                          // a block of A is so many columns
+            for (int64_t col = 0; col < n; col += blocked)
+              add_over_rows<T>(count, left, low.columns, own.rank, (const D*)a.row(first, base + col / per), kStride * per,
+                               std::min(blocked, n - col), grads + db + col, np);
+          }
+          da += own.rank * layout.padded_n;
+          db += own.rank * np;
+        }
+      }
+    });
+  if (!p.dx) return;
+
+  Passes<T> passes;
+  for (int w = 0; w < p.count; ++w) {
+    const int64_t count = words_of<T>(p.weights[w].k);
+    passes.add(p.weights[w].words, count * 32, 32, count);
+  }
+  const Extra* extras = nullptr;
+  if (low.count > dropping)
+    extras = extras_of<T>(low, at, s.get<Pass>(8, low.count), s.get<Extra>(13, low.slots),
+                          [](const LowRank& l) { return !l.drop.on; });
+  float* apart = dropping ? s.get<float>(12, (Tiles<T>::max_rows + 32) * 32) : nullptr;
+  const int64_t panels = (p.n + 31) / 32, elements = rows * p.k, after = r0 * p.k + elements;
+  const bool more = r0 + 2 * rows <= p.rows;
+  const void* next_dy = more ? (const T*)p.dy + after : nullptr;
+  const void* next_code = more && p.code ? p.code + after : nullptr;
+  const void* next_z = more && p.z ? (const T*)p.z + after : nullptr;
+  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, extras, panels * 32,
+                      panels * column / columns, panels * (column + 1) / columns, c,
+                      [&](int64_t panel, const RowTile& t, float* tile) {
+    const int64_t m = t.m, mr = t.rows, from = panel * rows + m, to = from + mr;
+    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
+    prefetch(next_code, elements, from, to, panels * rows);
+    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
+    for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
+      const LowRank& l = low.loras[i];
+      if (!l.drop.on || l.slot != t.slot) continue;
+      const int64_t count = words_of<T>(l.rank);
+      Tiles<T>::run((int)mr, a.row(m, at[i]), l.up.words + panel * count * 32, 32, count, apart, 32, false);
+      const int8_t* mask = kept_of(i) + m * x_stride + panel * 32;
+      for (int64_t r = 0; r < mr; ++r)
+        for (int v = 0; v < kNV && panel * 32 + v * W < p.n; ++v) {
+          float* sum = tile + r * 32 + v * W;
+          const F share = dropped_n(load(apart + r * 32 + v * W), mask + r * x_stride + v * W, l.drop.keep_scale, W);
+          store(sum, load(sum) + share);
+        }
+    }
+    for (int v = 0; v < kNV; ++v) {
+      const int64_t col = panel * 32 + v * W;
+      if (col >= p.n) break;
+      for (int64_t r = 0; r < mr; ++r)
+        store_n((T*)p.dx + (r0 + m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
+    }
+  });
+}
+
 template <class T>
 void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
+  const LinearGrads layout(p);
   with_act(p.act, [&](auto a) {
     const Split s = split(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
-    float* parts = p.dbias ? scratch().get<float>(15, s.chunks * p.k) : nullptr;
-    parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
-      const int64_t chunk = task / s.columns, column = task % s.columns;
-      const int64_t r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
-      float* dbias = p.dbias && column == 0 ? parts + chunk * p.k : nullptr;
-      linear_backward_chunk<T, a.value>(p, r0, r1 - r0, column, s.columns, dbias);
+    if (!LinearGrads::weights(p) && !p.dbias) {
+      parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
+        const int64_t chunk = task / s.columns, column = task % s.columns;
+        const int64_t r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
+        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, column, s.columns, layout, nullptr);
+      });
+      return;
+    }
+    // Gradients of parameters: a share a thread, not a share a chunk.
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.rows, p.threads)), size = layout.size;
+    float* shares = scratch().get<float>(15, parts * size);
+    parallel_for(parallel, parts, [&](int64_t part) {
+      float* grads = shares + part * size;
+      std::memset(grads, 0, sizeof(float) * size);
+      const int64_t first = p.rows * part / parts, count = p.rows * (part + 1) / parts - first;
+      const int64_t most = chunk_rows(p.rows, words_of<T>(p.k)), chunks = (count + most - 1) / most;
+      for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t r0 = first + count * i / chunks, r1 = first + count * (i + 1) / chunks;
+        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, 0, 1, layout, grads);
+      }
     });
-    if (p.dbias) ordered_sum(parts, s.chunks, p.k, p.k, p.dbias);
+    if (p.dbias) ordered_sum(shares, parts, p.low.slots * p.k, size, p.dbias);
+    if (!LinearGrads::weights(p)) return;
+    int64_t da = layout.da, db = layout.db;
+    for (int i = 0; i < p.low.count; ++i) {
+      const LowRank& l = p.low.loras[i];
+      const int64_t n = p.weights[l.owner].k, np = LinearGrads::padded_k(p, i);
+      for (int64_t j = 0; j < l.rank; ++j)
+        ordered_sum(shares + da + j * layout.padded_n, parts, p.n, size, l.da + j * p.n);
+      ordered_sum(shares + db, parts, l.rank * np, size, shares + db);
+      transpose(shares + db, np, l.rank, n, l.db, l.rank);
+      da += l.rank * layout.padded_n;
+      db += l.rank * np;
+    }
   });
 }

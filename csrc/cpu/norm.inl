@@ -24,8 +24,8 @@ FA_INLINE F tail_zeroed(F v, int64_t valid) {
 }
 // Mean and reciprocal deviation of a row, given the mean's first estimate. A second pass, because E[s^2] - E[s]^2
 // cancels; it also finds what rounding left in the estimate.
-template <bool Whole>
-FA_INLINE Moments moments(const float* s, int64_t n, float estimate, float eps) {
+template <bool Whole, class S>
+FA_INLINE Moments moments(const S* s, int64_t n, float estimate, float eps) {
   F left[4] = {}, squares[4] = {};
   four_chains(n, [&](int64_t i, int chain) {
     F d = load_n<Whole>(s + i, n - i) - estimate;
@@ -36,8 +36,8 @@ FA_INLINE Moments moments(const float* s, int64_t n, float estimate, float eps) 
   const float shift = sum4(left) / (float)n;
   return {estimate + shift, 1.0f / std::sqrt(sum4(squares) / (float)n - shift * shift + eps)};
 }
-template <bool Whole, class T>
-FA_INLINE void normalise(const float* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
+template <bool Whole, class S, class T>
+FA_INLINE void normalise(const S* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
   const Moments m = moments<Whole>(s, n, mean, eps);
   four_chains(n, [&](int64_t i, int) {
     const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd;
@@ -101,30 +101,65 @@ FA_INLINE void with_row_kind(int64_t n, bool sums, Fn&& fn) {
 }
 
 template <class T>
+void add_norm_forward_rows(const AddNormForward& p, int64_t first, int64_t last) {
+  const int64_t h = p.hidden;
+  float* sums = scratch().get<float>(0, h + W);
+  int8_t* keep = p.drop.on ? scratch().get<int8_t>(1, h + 64) : nullptr;
+  with_whole(h, [&](auto whole) {
+    for (int64_t r = first; r < last; ++r) {
+      if (keep) keep_row(r, h, p.drop, keep);
+      const T* x = (const T*)p.x + r * h;
+      const T* residual = p.residual ? (const T*)p.residual + r * h : nullptr;
+      T* s = p.s ? (T*)p.s + r * h : nullptr;
+      F total[4] = {};
+      four_chains(h, [&](int64_t i, int chain) {
+        F v = load_n<whole>(x + i, h - i);
+        if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
+        if (residual) v = v + load_n<whole>(residual + i, h - i);
+        v = rounded<T>(v);
+        total[chain] = total[chain] + v;
+        store_n<whole>(sums + i, v, h - i);
+        if (s) store_n<whole>(s + i, v, h - i);
+      });
+      normalise<whole>(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
+    }
+  });
+}
+
+template <class T>
 void add_norm_forward_typed(const AddNormForward& p, Parallel parallel) {
-  const int64_t h = p.hidden, tasks = std::min<int64_t>(p.rows, p.threads);
+  const int64_t tasks = std::min<int64_t>(p.rows, p.threads);
   parallel_for(parallel, tasks, [&](int64_t task) {
-    float* sums = scratch().get<float>(0, h + W);
-    int8_t* keep = p.drop.on ? scratch().get<int8_t>(1, h + 64) : nullptr;
-    with_whole(h, [&](auto whole) {
-      for (int64_t r = p.rows * task / tasks; r < p.rows * (task + 1) / tasks; ++r) {
-        if (keep) keep_row(r, h, p.drop, keep);
-        const T* x = (const T*)p.x + r * h;
-        const T* residual = p.residual ? (const T*)p.residual + r * h : nullptr;
-        T* s = p.s ? (T*)p.s + r * h : nullptr;
-        F total[4] = {};
-        four_chains(h, [&](int64_t i, int chain) {
-          F v = load_n<whole>(x + i, h - i);
-          if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
-          if (residual) v = v + load_n<whole>(residual + i, h - i);
-          v = rounded<T>(v);
-          total[chain] = total[chain] + v;
-          store_n<whole>(sums + i, v, h - i);
-          if (s) store_n<whole>(s + i, v, h - i);
-        });
-        normalise<whole>(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
-      }
-    });
+    add_norm_forward_rows<T>(p, p.rows * task / tasks, p.rows * (task + 1) / tasks);
+  });
+}
+
+// Adds the rows' shares to `sums`, [2][hidden]: dweight, then dbias; null where nobody asks for them.
+template <class T>
+void add_norm_backward_rows(const AddNormBackward& p, int64_t first, int64_t last, float* sums_of_weights) {
+  const int64_t h = p.hidden;
+  float* s = scratch().get<float>(0, h + W);
+  float* d = scratch().get<float>(1, h + W);
+  int8_t* keep = p.drop.on ? scratch().get<int8_t>(2, h + 64) : nullptr;
+  const RowSum sums{scratch().get<float>(3, 2 * h), sums_of_weights, sums_of_weights ? 2 * h : 0};
+  sums.start();
+  with_row_kind(h, sums_of_weights != nullptr, [&](auto whole, auto summed) {
+    for (int64_t r = first; r < last; ++r) {
+      norm_backward_row<whole, summed>((const T*)p.dy + r * h, (const T*)p.s + r * h, s, h, p.norm_weight, p.eps, d,
+                                       sums.near, sums.near + h);
+      sums.end_row(r - first, r + 1 == last);
+      if (keep) keep_row(r, h, p.drop, keep);
+      const T* ds = p.ds ? (const T*)p.ds + r * h : nullptr;
+      T* dresidual = p.dresidual ? (T*)p.dresidual + r * h : nullptr;
+      T* dx = p.dx ? (T*)p.dx + r * h : nullptr;
+      four_chains(h, [&](int64_t i, int) {
+        F v = load_n<whole>(d + i, h - i);
+        if (ds) v = v + load_n<whole>(ds + i, h - i);
+        if (dresidual) store_n<whole>(dresidual + i, v, h - i);
+        if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
+        if (dx) store_n<whole>(dx + i, v, h - i);
+      });
+    }
   });
 }
 
@@ -134,30 +169,8 @@ void add_norm_backward_typed(const AddNormBackward& p, Parallel parallel) {
   float* parts = p.dnorm_weight ? scratch().get<float>(15, tasks * 2 * h) : nullptr;
   if (parts) std::memset(parts, 0, sizeof(float) * tasks * 2 * h);
   parallel_for(parallel, tasks, [&](int64_t task) {
-    float* s = scratch().get<float>(0, h + W);
-    float* d = scratch().get<float>(1, h + W);
-    int8_t* keep = p.drop.on ? scratch().get<int8_t>(2, h + 64) : nullptr;
-    const RowSum sums{scratch().get<float>(3, 2 * h), parts ? parts + task * 2 * h : nullptr, parts ? 2 * h : 0};
-    sums.start();
-    const int64_t first = p.rows * task / tasks, last = p.rows * (task + 1) / tasks;
-    with_row_kind(h, parts != nullptr, [&](auto whole, auto summed) {
-      for (int64_t r = first; r < last; ++r) {
-        norm_backward_row<whole, summed>((const T*)p.dy + r * h, (const T*)p.s + r * h, s, h, p.norm_weight, p.eps, d,
-                                         sums.near, sums.near + h);
-        sums.end_row(r - first, r + 1 == last);
-        if (keep) keep_row(r, h, p.drop, keep);
-        const T* ds = p.ds ? (const T*)p.ds + r * h : nullptr;
-        T* dresidual = p.dresidual ? (T*)p.dresidual + r * h : nullptr;
-        T* dx = p.dx ? (T*)p.dx + r * h : nullptr;
-        four_chains(h, [&](int64_t i, int) {
-          F v = load_n<whole>(d + i, h - i);
-          if (ds) v = v + load_n<whole>(ds + i, h - i);
-          if (dresidual) store_n<whole>(dresidual + i, v, h - i);
-          if (keep) v = dropped(v, keep + i, p.drop.keep_scale);
-          if (dx) store_n<whole>(dx + i, v, h - i);
-        });
-      }
-    });
+    add_norm_backward_rows<T>(p, p.rows * task / tasks, p.rows * (task + 1) / tasks,
+                              parts ? parts + task * 2 * h : nullptr);
   });
   if (parts) {
     ordered_sum(parts, tasks, h, 2 * h, p.dnorm_weight);

@@ -15,10 +15,18 @@ FA_INLINE F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; 
 FA_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 FA_INLINE U bits(F v) { return (U)v; }
 
+// GCC converts between vectors of words and of narrower integers in halves or lane by lane, hence the instructions.
+FA_INLINE U widened(U16 h) {
+#if FA_WIDTH == 16
+  return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, U);
+#endif
+}
 FA_INLINE F load(const bf16* p) {
   U16 h;
   std::memcpy(&h, p, sizeof h);
-  return (F)(__builtin_convertvector(h, U) << 16);
+  return (F)(widened(h) << 16);
 }
 // Round to nearest even; a NaN stays a quiet NaN.
 FA_INLINE U round_bf16_bits(F v) {
@@ -30,7 +38,11 @@ FA_INLINE void store(bf16* p, F v) {
 #if FA_BF16 == 1 || FA_BF16 == 2
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // to nearest even as well; denormals become zero
 #else
+#if FA_WIDTH == 16
+  U16 h = (U16)_mm512_cvtepi32_epi16((__m512i)round_bf16_bits(v));
+#else
   U16 h = __builtin_convertvector(round_bf16_bits(v), U16);
+#endif
 #endif
   std::memcpy(p, &h, sizeof h);
 }
@@ -74,7 +86,7 @@ template <class T> FA_INLINE F rounded(F v);
 template <> FA_INLINE F rounded<float>(F v) { return v; }
 template <> FA_INLINE F rounded<bf16>(F v) {
 #if FA_BF16 == 1 || FA_BF16 == 2
-  return (F)(__builtin_convertvector((U16)_mm512_cvtneps_pbh((__m512)v), U) << 16);
+  return (F)(widened((U16)_mm512_cvtneps_pbh((__m512)v)) << 16);
 #else
   return (F)(round_bf16_bits(v) << 16);
 #endif
@@ -177,16 +189,126 @@ FA_INLINE F d_act(F x) {
 
 // act' as a byte: round(202 act') + 26, so that 0 and 1 are exact.
 typedef uint8_t U8 __attribute__((vector_size(FA_WIDTH)));
+FA_INLINE U8 low_bytes(U v) {
+#if FA_WIDTH == 16
+  return (U8)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v & 0xffu, U8);
+#endif
+}
+FA_INLINE I of_bytes(U8 v) {
+#if FA_WIDTH == 16
+  return (I)_mm512_cvtepu8_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, I);
+#endif
+}
 FA_INLINE void store_code(uint8_t* p, F d, int64_t n) {
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
   const F shifted = min(max(d * 202.0f + 26.0f, F{}), set1(255.0f)) + 12582912.0f;
-  U8 code = __builtin_convertvector(bits(shifted) & 0xffu, U8);
+  const U8 code = low_bytes(bits(shifted));
   std::memcpy(p, &code, (size_t)std::min<int64_t>(W, n));
 }
 FA_INLINE F load_code(const uint8_t* p, int64_t n) {
   U8 code = U8{};
   std::memcpy(&code, p, (size_t)std::min<int64_t>(W, n));
-  return (__builtin_convertvector(__builtin_convertvector(code, I), F) - 26.0f) * (1.0f / 202.0f);
+  return (__builtin_convertvector(of_bytes(code), F) - 26.0f) * (1.0f / 202.0f);
+}
+
+#if FA_WIDTH == 16
+// GELU for results in bfloat16, from tables over |x| < 5.25 that csrc/cpu/fit_gelu.py makes: two registers hold one
+// power's 32 coefficients. 1 - Phi has a relative error below 2^-12; a NaN comes through.
+constexpr float kGeluTail[4][32] = {
+    {0.50000002f, 0.43484104f, 0.37140868f, 0.31129353f, 0.25583179f, 0.20601913f, 0.1624657f, 0.12539409f,
+     0.094675805f, 0.069896506f, 0.050437644f, 0.035561779f, 0.024490869f, 0.016470013f, 0.010812907f,
+     0.0069286838f, 0.004332412f, 0.0026430131f, 0.0015728493f, 0.0009129095f, 0.00051672795f, 0.00028519116f,
+     0.00015346213f, 8.0503162e-05f, 4.1165239e-05f, 2.0517159e-05f, 9.9664095e-06f, 4.7180653e-06f, 2.1765279e-06f,
+     9.7839276e-07f, 4.2853527e-07f, 1.8287814e-07f},
+    {-0.065452119f, -0.064578611f, -0.062024476f, -0.057989106f, -0.0527762f, -0.04675604f, -0.040322248f, -0.03385f,
+     -0.027661714f, -0.022004195f, -0.017038738f, -0.012843236f, -0.0094235852f, -0.0067307287f, -0.0046796332f,
+     -0.003167123f, -0.0020865127f, -0.0013380728f, -0.00083529641f, -0.0005075786f, -0.00030023923f,
+     -0.00017287517f, -9.6894364e-05f, -5.2864577e-05f, -2.8075727e-05f, -1.4514328e-05f, -7.3040237e-06f,
+     -3.5778854e-06f, -1.7060407e-06f, -7.9186419e-07f, -3.5777509e-07f, -1.5735019e-07f},
+    {2.8413347e-06f, 0.00087908077f, 0.0016852751f, 0.0023609336f, 0.0028622593f, 0.0031666643f, 0.0032737143f,
+     0.0032026587f, 0.0029873582f, 0.002669834f, 0.0022937453f, 0.0018988913f, 0.0015174341f, 0.0011720667f,
+     0.00087594556f, 0.00063392898f, 0.00044455994f, 0.0003022606f, 0.00019933762f, 0.00012756072f, 7.9232437e-05f,
+     4.7782137e-05f, 2.7983781e-05f, 1.5918926e-05f, 8.7976095e-06f, 4.7241842e-06f, 2.4652441e-06f, 1.2503081e-06f,
+     6.1637559e-07f, 2.9538434e-07f, 1.3761989e-07f, 6.2339178e-08f},
+    {0.0002902498f, 0.00026712835f, 0.00022401031f, 0.00016639139f, 0.00010126279f, 3.5936922e-05f, -2.3078595e-05f,
+     -7.0940931e-05f, -0.00010493127f, -0.00012448389f, -0.00013085244f, -0.00012654574f, -0.0001146865f,
+     -9.8428392e-05f, -8.0522101e-05f, -6.3066961e-05f, -4.7437865e-05f, -3.4345654e-05f, -2.3976726e-05f,
+     -1.6160739e-05f, -1.0528056e-05f, -6.6347557e-06f, -4.0476133e-06f, -2.3918095e-06f, -1.3696939e-06f,
+     -7.6045517e-07f, -4.0948194e-07f, -2.1391621e-07f, -1.0844755e-07f, -5.3366372e-08f, -2.5496468e-08f,
+     -1.1828753e-08f},
+};
+constexpr float kGeluCode[3][32] = {
+    {-0.0073134329f, 26.200076f, 51.027059f, 73.254692f, 91.960805f, 106.60464f, 117.05076f, 123.53396f, 126.57784f,
+     126.88676f, 125.23304f, 122.35805f, 118.89981f, 115.35219f, 112.05381f, 109.2004f, 106.87155f, 105.06358f,
+     103.72141f, 102.76518f, 102.10967f, 101.67649f, 101.40011f, 101.22968f, 101.12801f, 101.06928f, 101.03642f,
+     101.0186f, 101.00923f, 101.00445f, 101.00209f, 101.00095f},
+    {26.574336f, 25.855858f, 23.798622f, 20.643663f, 16.745487f, 12.513546f, 8.3492217f, 4.5908637f, 1.476385f,
+     -0.87205634f, -2.4420894f, -3.3089691f, -3.6046364f, -3.4855718f, -3.1054416f, -2.5960214f, -2.0572776f,
+     -1.5554505f, -1.1268108f, -0.78447298f, -0.5260023f, -0.34024921f, -0.21259938f, -0.12844648f, -0.07509873f,
+     -0.042519094f, -0.023324809f, -0.012403323f, -0.0063961202f, -0.0031996459f, -0.0015531812f, -0.00073179418f},
+    {-0.35318633f, -1.0175655f, -1.5632942f, -1.9340409f, -2.1022647f, -2.0715183f, -1.872572f, -1.5548314f,
+     -1.1754738f, -0.78892969f, -0.43883155f, -0.15359586f, 0.054257971f, 0.18580825f, 0.25167986f, 0.26752393f,
+     0.25004417f, 0.21415718f, 0.17144389f, 0.1297251f, 0.093421847f, 0.064328936f, 0.042492765f, 0.02699076f,
+     0.016515685f, 0.0097493357f, 0.0055582864f, 0.0030633207f, 0.0016332702f, 0.00084297003f, 0.00042139271f,
+     0.00020411795f},
+};
+struct Segment {
+  I index;
+  F place;
+};
+FA_INLINE Segment gelu_segment(F a) {
+  const F s = a * (32.0f / 5.25f);
+  const F inside = s > 31.999f ? set1(31.999f) : s;  // a NaN stays
+  const I index = __builtin_convertvector(inside, I);
+  return {index & 31, inside - __builtin_convertvector(index, F)};
+}
+FA_INLINE F from_table(const float (&row)[32], I index) { return __builtin_shuffle(load(row), load(row + 16), index); }
+FA_INLINE F gelu_from(F x, F a, const Segment& s) {
+  F q = from_table(kGeluTail[3], s.index);
+  q = q * s.place + from_table(kGeluTail[2], s.index);
+  q = q * s.place + from_table(kGeluTail[1], s.index);
+  q = q * s.place + from_table(kGeluTail[0], s.index);
+  return (x < 0.0f ? F{} : x) - a * q;
+}
+FA_INLINE F gelu_bf16(F x) {
+  const F a = abs(x);
+  return gelu_from(x, a, gelu_segment(a));
+}
+// GELU and, in `code`, its derivative as store_code has it.
+FA_INLINE F gelu_bf16_with_code(F x, uint8_t* code) {
+  const F a = abs(x);
+  const Segment s = gelu_segment(a);
+  F e = from_table(kGeluCode[2], s.index);
+  e = e * s.place + from_table(kGeluCode[1], s.index);
+  e = e * s.place + from_table(kGeluCode[0], s.index);
+  // 127 + e for x above zero, 127 - e below; adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+  const F shifted = (F)(bits(e) ^ (bits(x) & 0x80000000u)) + (12582912.0f + 127.0f);
+  const U8 byte = low_bytes(bits(shifted));
+  std::memcpy(code, &byte, W);
+  return gelu_from(x, a, s);
+}
+#endif
+
+// act(x) for a result that is rounded to T.
+template <class T, Act A>
+FA_INLINE F act_as(F x) {
+#if FA_WIDTH == 16
+  if constexpr (A == Act::gelu && std::is_same_v<T, bf16>) return gelu_bf16(x);
+#endif
+  return act<A>(x);
+}
+// The same, with act' in a byte.
+template <class T, Act A>
+FA_INLINE F act_with_code(F x, uint8_t* code) {
+#if FA_WIDTH == 16
+  if constexpr (A == Act::gelu && std::is_same_v<T, bf16>) return gelu_bf16_with_code(x, code);
+#endif
+  store_code(code, d_act<A>(x), W);
+  return act<A>(x);
 }
 
 // fn(std::integral_constant<Act, a>) for the a at run time.
@@ -218,38 +340,43 @@ FA_INLINE U64 mul_even(U a, uint32_t m) {
   return ((U64)a & 0xffffffffull) * (uint64_t)m;
 #endif
 }
-FA_INLINE void mulhilo(U a, uint32_t m, U& hi, U& lo) {
-  U64 even = mul_even(a, m), odd = mul_even((U)((U64)a >> 32), m);
-  constexpr uint64_t high = 0xffffffff00000000ull;
-  lo = (U)((even & ~high) | (odd << 32));
-  hi = (U)((even >> 32) | (odd & high));
+// One round of the even or the odd counters of a vector, in 64-bit lanes of which only the low half counts.
+FA_INLINE void philox_round(U64& c0, U64& c1, U64& c2, U64& c3, uint32_t k0, uint32_t k1) {
+  const U64 a = mul_even((U)c0, 0xD2511F53u), b = mul_even((U)c2, 0xCD9E8D57u);
+  c0 = (b >> 32) ^ c1 ^ (uint64_t)k0;
+  c1 = b;
+  c2 = (a >> 32) ^ c3 ^ (uint64_t)k1;
+  c3 = a;
 }
 // The 64 keep bytes (-1 kept, 0 dropped) of an aligned block; block = element index / 64.
 FA_INLINE void keep_block(uint64_t block, const Dropout& d, int8_t* keep) {
   const uint32_t limit = (uint32_t)d.threshold;
   for (int part = 0; part < 16 / W; ++part) {
-    U c0, c1, c2 = U{}, c3 = U{};
-    uint64_t first = block * 16 + (uint64_t)(part * W);
-    for (int i = 0; i < W; ++i) c0[i] = i;
-    c0 += (uint32_t)first;  // 16 divides 2^32: no carry inside a block
-    c1 = U{} + (uint32_t)(first >> 32);
+    const uint64_t first = block * 16 + (uint64_t)(part * W);  // 16 divides 2^32: no carry inside a block
+    U64 even[4] = {}, odd[4] = {};
+    for (int i = 0; i < W / 2; ++i) {
+      even[0][i] = (uint32_t)first + 2 * i;
+      odd[0][i] = (uint32_t)first + 2 * i + 1;
+    }
+    even[1] += first >> 32;
+    odd[1] += first >> 32;
     uint32_t k0 = (uint32_t)d.seed, k1 = (uint32_t)(d.seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      U hi0, lo0, hi1, lo1;
-      mulhilo(c0, 0xD2511F53u, hi0, lo0);
-      mulhilo(c2, 0xCD9E8D57u, hi1, lo1);
-      c0 = hi1 ^ c1 ^ k0;
-      c1 = lo1;
-      c2 = hi0 ^ c3 ^ k1;
-      c3 = lo0;
+      philox_round(even[0], even[1], even[2], even[3], k0, k1);
+      philox_round(odd[0], odd[1], odd[2], odd[3], k0, k1);
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    U words[4] = {c0, c1, c2, c3};
     for (int w = 0; w < 4; ++w) {
-      I8 k = __builtin_convertvector((I)(words[w] >= limit), I8);
-      std::memcpy(keep + 16 * w + part * W, &k, W);
+      const U words = (U)((even[w] & 0xffffffffull) | (odd[w] << 32));
+#if FA_WIDTH == 16
+      const __mmask16 kept = _mm512_cmpge_epu32_mask((__m512i)words, _mm512_set1_epi32((int)limit));
+      _mm_storeu_si128((__m128i*)(keep + 16 * w), _mm_movm_epi8(kept));
+#else
+      const I8 kept = __builtin_convertvector((I)(words >= limit), I8);
+      std::memcpy(keep + 16 * w + part * W, &kept, W);
+#endif
     }
   }
 }
@@ -260,10 +387,15 @@ inline void keep_row(int64_t row, int64_t cols, const Dropout& d, int8_t* keep) 
   for (int64_t i = 0; i < blocks; ++i) keep_block((uint64_t)(row * blocks + i), d, keep + 64 * i);
 }
 FA_INLINE F dropped(F v, const int8_t* keep, float keep_scale) {
+#if FA_WIDTH == 16
+  const __mmask16 kept = _mm_movepi8_mask(_mm_loadu_si128((const __m128i*)keep));
+  return (F)_mm512_maskz_mul_ps(kept, (__m512)v, _mm512_set1_ps(keep_scale));
+#else
   I8 k;
   std::memcpy(&k, keep, W);
   I mask = __builtin_convertvector(k, I);
   return (F)(bits(v * keep_scale) & (U)mask);
+#endif
 }
 
 // dst[c * ldd + r] = src[r * lds + c] for a rows x cols matrix, four by four.
