@@ -27,6 +27,7 @@ REPORT = "build_report.json"
 
 CPU_SOURCES: list[str] = [
     "csrc/binding.cpp",
+    "csrc/merge_binding.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/pack_cache.cpp",
     "csrc/cpu/pool.cpp",
