@@ -136,6 +136,9 @@ ATTENTION_CASES = pairwise(
         "length": (1, 7, 33, 128),
         "heads": (1, 12),
         "head_dim": (8, 32, 64),
+        "prefix": (0, 1, 30),
+        "prefix_by_row": (False, True),
+        "parameters": ("same", "float32"),
         "mask": (None, "padding", "additive", "full"),
         "p": (0.0, 0.1, 1.0),
     }

@@ -163,15 +163,18 @@ def test_backward_draws_the_mask_of_forward(runner, op):
 
 @pytest.mark.parametrize("runner", RUNNERS, ids=str)
 @pytest.mark.parametrize("p", [0.1, 1.0])
-def test_attention_draws_the_same_mask(runner, p):
-    """Equal scores and V = identity: the output is the mask of the probabilities."""
-    heads, length = 2, 32
-    reason = runner.refusal("attention_forward", torch.float32, head_dim=length, length=length)
+@pytest.mark.parametrize("before", [0, 40])
+def test_attention_draws_the_same_mask(runner, p, before):
+    """Equal scores and V = identity: the output is the mask of the probabilities, the prefix's columns first."""
+    heads, length, keys = 2, 32, before + 32
+    reason = runner.refusal("attention_forward", torch.float32, head_dim=keys, length=keys)
     if reason is not None:
         pytest.skip(reason)
-    qkv = torch.zeros(3, length, 3, heads, length, device=runner.device)
-    qkv[:, :, 2] = torch.eye(length, device=runner.device)[None, :, None, :]
+    values = torch.eye(keys, device=runner.device)
+    qkv = torch.zeros(3, length, 3, heads, keys, device=runner.device)
+    qkv[:, :, 2] = values[before:, None, :]
+    prefix = torch.stack([torch.zeros_like(values), values])[:, :before].repeat(1, 1, heads)
     with runner.running():
-        y = fa.ops.attention(qkv.view(3, length, -1), heads, dropout_p=p, seed=21)
-    want = keep_mask(3 * heads * length, length, p, torch.tensor(21)).view(3, heads, length, length)
-    assert torch.equal(y.cpu().view(3, length, heads, length).transpose(1, 2) != 0, want)
+        y = fa.ops.attention(qkv.flatten(2), heads, prefix=prefix if before else None, dropout_p=p, seed=21)
+    want = keep_mask(3 * heads * length, keys, p, torch.tensor(21)).view(3, heads, length, keys)
+    assert torch.equal(y.cpu().view(3, length, heads, keys).transpose(1, 2) != 0, want)

@@ -125,7 +125,8 @@ def test_linear(runner, case):
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=case_id)
 def test_attention(runner, case):
     batch, length, heads, width = case["batch"], case["length"], case["heads"], case["heads"] * case["head_dim"]
-    _need(runner, "attention_forward", case["dtype"], head_dim=case["head_dim"], length=length)
+    prefix_shape = (*([batch] if case["prefix_by_row"] else []), 2, case["prefix"], width)
+    _need(runner, "attention_forward", case["dtype"], head_dim=case["head_dim"], length=case["prefix"] + length)
     mask = None
     if case["mask"] == "padding":  # the last third of the keys, in every row but the first
         mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
@@ -137,14 +138,104 @@ def test_attention(runner, case):
         mask[..., -1, :] = False
 
     def build(generator):
-        return {"qkv": normal(batch, length, 3 * width, generator=generator)}
+        prefix = normal(*prefix_shape, generator=generator) if case["prefix"] else None
+        return {"qkv": normal(batch, length, 3 * width, generator=generator), "prefix": prefix}
 
-    def call(qkv):
-        return fa.ops.attention(
-            qkv, heads, mask=None if mask is None else mask.to(qkv.device), dropout_p=case["p"], seed=9
-        )
+    def call(qkv, prefix):
+        options = {"mask": None if mask is None else mask.to(qkv.device), "dropout_p": case["p"], "seed": 9}
+        return fa.ops.attention(qkv, heads, prefix=prefix, **options)
 
-    cases.check(runner, call, build, case["dtype"], case["dtype"], activations=("qkv",))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), activations=("qkv",))
+
+
+@every_runner
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("boolean", [False, True])
+def test_attention_with_a_prefix_is_attention_over_more_keys(runner, by_row, boolean):
+    """Against PyTorch's own: the prefix joins keys and values, and a mask that lets it through joins the mask."""
+    _need(runner, "attention_forward", torch.float32, head_dim=8, length=10)
+    batch, length, before, heads, d = 3, 7, 3, 2, 8
+    generator = torch.Generator().manual_seed(1)
+    qkv = normal(batch, length, 3 * heads * d, generator=generator).float().to(runner.device)
+    prefix = normal(*([batch] if by_row else []), 2, before, heads * d, generator=generator).float().to(runner.device)
+    allowed = (torch.rand(batch, 1, length, length, generator=generator) > 0.5).to(runner.device)
+    mask = allowed if boolean else torch.zeros(allowed.shape, device=runner.device).masked_fill(~allowed, -1e4)
+    with runner.running():
+        y = fa.ops.attention(qkv, heads, prefix=prefix, mask=mask)
+    q, k, v = qkv.double().view(batch, length, 3, heads, d).permute(2, 0, 3, 1, 4)
+    pk, pv = prefix.double().expand(batch, 2, before, -1).view(batch, 2, before, heads, d).permute(1, 0, 3, 2, 4)
+    seen = torch.cat([allowed.new_ones(batch, 1, length, before), allowed], -1)
+    want = torch.nn.functional.scaled_dot_product_attention(q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), seen)
+    torch.testing.assert_close(y.double(), want.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+
+
+@every_runner
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_prefix_of_no_positions_changes_nothing(runner, by_row):
+    _need(runner, "attention_forward", torch.float32, head_dim=8, length=7)
+    generator = torch.Generator().manual_seed(1)
+    qkv = normal(2, 7, 48, generator=generator).float().to(runner.device)
+    prefix = torch.zeros(*([2] if by_row else []), 2, 0, 16, device=runner.device, requires_grad=True)
+    with runner.running():
+        y = fa.ops.attention(qkv, 2, prefix=prefix)
+        assert torch.equal(y.detach(), fa.ops.attention(qkv, 2))
+        (grad,) = torch.autograd.grad(y.sum(), prefix)
+    assert grad.shape == prefix.shape
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_gradient_is_the_same_bits_every_time(runner, dtype):
+    """Summed over the batch in one order, in float32, whatever threads do; a row's own gradient is one of its terms."""
+    _need(runner, "attention_backward", dtype, head_dim=16, length=47)
+    generator = torch.Generator().manual_seed(1)
+    qkv = normal(9, 17, 3 * 32, generator=generator).to(runner.device, dtype)
+    prefix = normal(2, 30, 32, generator=generator).to(runner.device, torch.float32)
+    dout = normal(9, 17, 32, generator=generator).to(runner.device, dtype)
+    rows = prefix.expand(9, -1, -1, -1).contiguous()
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            with runner.running():
+                for x in (prefix.requires_grad_(), rows.requires_grad_()):
+                    y = fa.ops.attention(qkv, 2, prefix=x, dropout_p=0.1, seed=4)
+                    found.append(torch.autograd.grad(y, x, dout)[0])
+    finally:
+        torch.set_num_threads(threads)
+    for shared, by_row in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(shared, found[0]) and torch.equal(by_row, found[1])
+    total = torch.zeros_like(found[0])
+    for row in found[1]:
+        total += row
+    assert torch.equal(found[0], total)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "error", "message"),
+    [
+        ([1.0], TypeError, r"prefix: got list; a tensor is accepted"),
+        (torch.zeros(2, 3, 16, dtype=torch.int64), TypeError, r"prefix: got dtype torch.int64"),
+        (torch.zeros(2, 3, 15), ValueError, r"prefix: got shape \(2, 3, 15\); accepted are \[2, P, 16\] and \[4, 2, P"),
+        (torch.zeros(3, 2, 5, 16), ValueError, r"prefix: got shape \(3, 2, 5, 16\)"),
+        (torch.zeros(16), ValueError, r"prefix: got shape \(16,\)"),
+        (torch.zeros(2, 3, 16, device="meta"), ValueError, r"prefix: is on meta, but qkv is on cpu"),
+    ],
+)
+def test_a_prefix_that_does_not_fit_is_named(prefix, error, message):
+    with pytest.raises(error, match=message):
+        fa.ops.attention(torch.zeros(4, 5, 48), 2, prefix=prefix)
+
+
+def test_the_keys_that_a_kernel_is_asked_to_serve_are_those_of_the_prefix_too():
+    kernels = dispatch.load("cpu")
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
+    qkv = torch.zeros(1, 760, 24)
+    with fa.backend("cpu"):
+        fa.ops.attention(qkv, 1, prefix=torch.zeros(2, 8, 8))
+        with pytest.raises(RuntimeError, match="sequence of 769"):
+            fa.ops.attention(qkv, 1, prefix=torch.zeros(2, 9, 8))
 
 
 # -- the reference's own derivatives -----------------------------------------------------------------------------
@@ -194,16 +285,18 @@ def test_reference_linear_gradients_are_numerically_right(activation):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_reference_attention_gradients_are_numerically_right(p):
+@pytest.mark.parametrize("prefix_shape", [None, (2, 3, 6), (2, 2, 3, 6)], ids=["no prefix", "shared", "by row"])
+def test_reference_attention_gradients_are_numerically_right(p, prefix_shape):
     generator = torch.Generator().manual_seed(1)
     qkv = normal(2, 4, 18, generator=generator).requires_grad_()
+    prefix = None if prefix_shape is None else normal(*prefix_shape, generator=generator).requires_grad_()
     mask = torch.tensor([True, True, True, False])
 
-    def f(qkv):
-        return fa.ops.attention(qkv, 2, mask=mask, dropout_p=p, seed=2)
+    def f(qkv, prefix=None):
+        return fa.ops.attention(qkv, 2, prefix=prefix, mask=mask, dropout_p=p, seed=2)
 
     with fa.backend("reference"):
-        assert torch.autograd.gradcheck(f, [qkv])
+        assert torch.autograd.gradcheck(f, [qkv] if prefix is None else [qkv, prefix])
 
 
 # -- the kernel contract -----------------------------------------------------------------------------------------

@@ -27,26 +27,36 @@ if os.environ.get("FASTADAPT_CPU"):
 _MAX_ATTENTION_LENGTH = 768
 _MAX_HEAD_DIM = 256
 _MAX_FEATURES = 16384
+_MAX_RANK = 768
 
 bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
 bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default
+bottleneck_rows_forward = torch.ops.fastadapt.bottleneck_rows_forward.default
+bottleneck_rows_backward = torch.ops.fastadapt.bottleneck_rows_backward.default
 add_norm_forward = torch.ops.fastadapt.add_norm_forward.default
 add_norm_backward = torch.ops.fastadapt.add_norm_backward.default
 drop = torch.ops.fastadapt.drop.default
 linear_forward = torch.ops.fastadapt.linear_forward.default
 linear_backward = torch.ops.fastadapt.linear_backward.default
+lora_forward = torch.ops.fastadapt.lora_forward.default
+lora_backward = torch.ops.fastadapt.lora_backward.default
 attention_forward = torch.ops.fastadapt.attention_forward.default
 attention_backward = torch.ops.fastadapt.attention_backward.default
+remerge_ = torch.ops.fastadapt.remerge_.default
 
 
 def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
     """Why these kernels can't serve the call; None where they can."""
     if device_type != "cpu":
         return f"the tensors are on {device_type}, not on the CPU"
+    if op == "remerge_" and dtype == torch.float16:
+        return None
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype} (float32 and bfloat16 are served)"
     if facts.get("features", facts.get("hidden", 0)) > _MAX_FEATURES:
         return f"{facts.get('features', facts.get('hidden'))} features (up to {_MAX_FEATURES} are served)"
+    if facts.get("rank", 0) > _MAX_RANK:
+        return f"ranks of {facts['rank']} in all (up to {_MAX_RANK} are served)"
     if op.startswith("attention"):
         if facts.get("length", 0) > _MAX_ATTENTION_LENGTH:
             return f"sequence of {facts['length']} (up to {_MAX_ATTENTION_LENGTH} are served)"

@@ -1,6 +1,8 @@
 """Multi-head self-attention over a packed query-key-value projection, with dropout on the probabilities.
 
-    P = softmax(scale · Q Kᵀ + mask),  out = drop(P) V
+    P = softmax(scale · Q [P_K; K]ᵀ + [0, mask]),  out = drop(P) [P_V; V]
+
+with a prefix (P_K, P_V) of learned keys and values (Li and Liang 2021, arXiv:2101.00190) or none.
 
 Nothing of size [S, S] is kept for backward: the probabilities are made again from the saved log-sum-exp, as
 FlashAttention does (Dao et al. 2022, arXiv:2205.14135, section 3.1), and the mask from the counter.
@@ -22,6 +24,7 @@ def attention(
     qkv: Tensor,
     heads: int,
     *,
+    prefix: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -32,13 +35,21 @@ def attention(
     Args:
         qkv: [B, S, 3H]: queries, keys and values side by side, each of ``heads`` heads of H / heads.
         heads: number of heads.
-        mask: broadcastable to [B, heads, S, S]; boolean (True: may be attended to) or added to the scores.
+        prefix: [2, P, H], or [B, 2, P, H] with one for each row of the batch: keys and values of P positions before
+            the sequence's own, of any floating dtype, cast to the compute dtype. Its gradient is summed over the
+            batch in float32, always in the same order, and rounded once.
+        mask: broadcastable to [B, heads, S, S]; boolean (True: may be attended to) or added to the scores. It is of
+            the sequence's own keys; a prefix is never masked.
         scale: factor of the scores; None is (H / heads) ** -0.5.
         dropout_p, seed: as in :func:`fastadapt.ops.bottleneck`, on the probabilities; the mask's rows are
-            (batch, head, query), its columns the keys.
+            (batch, head, query), its columns the P + S keys, the prefix's first.
 
     Returns:
-        [B, S, H] in qkv's dtype.
+        [B, S, H] in qkv's dtype, or in autocast's where autocast is on.
+
+    Raises:
+        TypeError: an argument has a dtype that is not accepted.
+        ValueError: shapes or devices do not fit together, or ``dropout_p`` is no probability.
     """
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
@@ -47,6 +58,16 @@ def attention(
         )
     dropout_p = checks.probability("dropout_p", dropout_p)
     batch, length, width = qkv.shape
+    if prefix is not None:
+        checks.floating("prefix", prefix)
+        expected = (2, prefix.shape[-2] if prefix.dim() > 1 else 0, width // 3)
+        if tuple(prefix.shape) not in (expected, (batch, *expected)):
+            raise ValueError(
+                f"prefix: got shape {tuple(prefix.shape)}; accepted are [2, P, {width // 3}] and "
+                f"[{batch}, 2, P, {width // 3}]"
+            )
+        if prefix.device != qkv.device:
+            raise ValueError(f"prefix: is on {prefix.device}, but qkv is on {qkv.device}; move one of them")
     if mask is not None:
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask: got dtype {mask.dtype}; accepted are bool and floating")
@@ -59,28 +80,42 @@ def attention(
     seed = resolve_seed(seed, dropout_p, qkv.device)
     scale = (width // 3 // heads) ** -0.5 if scale is None else scale
     qkv = qkv.to(checks.compute_dtype(qkv)).contiguous()
-    if checks.differentiable(qkv):
-        return _Attention.apply(qkv, mask, heads, scale, dropout_p, seed)
-    kernel = dispatch.pick("attention_forward", qkv.device.type, qkv.dtype, head_dim=width // 3 // heads, length=length)
-    return kernel(qkv, mask, heads, scale, dropout_p, seed, False)[0]
+    if checks.differentiable(qkv, prefix):
+        return _Attention.apply(qkv, prefix, mask, heads, scale, dropout_p, seed)
+    prefix = _cast(prefix, qkv.dtype)
+    kernel = dispatch.pick("attention_forward", qkv.device.type, qkv.dtype, **_facts(qkv, prefix, heads))
+    return kernel(qkv, prefix, mask, heads, scale, dropout_p, seed, False)[0]
+
+
+def _cast(prefix: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if prefix is None else prefix.to(dtype).contiguous()
+
+
+def _facts(qkv: Tensor, prefix: Tensor | None, heads: int) -> dict[str, int]:
+    keys = qkv.shape[1] + (0 if prefix is None else prefix.shape[-2])
+    return {"head_dim": qkv.shape[2] // 3 // heads, "length": keys}
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, mask, heads, scale, dropout_p, seed):
-        facts = {"head_dim": qkv.shape[2] // 3 // heads, "length": qkv.shape[1]}
+    def forward(ctx, qkv, prefix, mask, heads, scale, dropout_p, seed):
+        # Cast here and not outside, where the gradient would be rounded to the compute dtype on its way back.
+        ctx.prefix_dtype = None if prefix is None else prefix.dtype
+        prefix = _cast(prefix, qkv.dtype)
+        facts = _facts(qkv, prefix, heads)
         kernel = dispatch.pick("attention_forward", qkv.device.type, qkv.dtype, **facts)
-        out, lse = kernel(qkv, mask, heads, scale, dropout_p, seed, True)
-        ctx.save_for_backward(qkv, mask, lse, seed)
+        out, lse = kernel(qkv, prefix, mask, heads, scale, dropout_p, seed, True)
+        ctx.save_for_backward(qkv, prefix, mask, lse, seed)
         ctx.options, ctx.facts = (heads, scale, dropout_p), facts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        qkv, mask, lse, seed = ctx.saved_tensors
+        qkv, prefix, mask, lse, seed = ctx.saved_tensors
         kernel = dispatch.pick("attention_backward", qkv.device.type, qkv.dtype, **ctx.facts)
-        return kernel(dout.contiguous(), qkv, mask, lse, *ctx.options, seed), *([None] * 5)
+        dqkv, dprefix = kernel(dout.contiguous(), qkv, prefix, mask, lse, *ctx.options, seed)
+        return dqkv, None if prefix is None else dprefix.to(ctx.prefix_dtype), *([None] * 5)
 
 
 # -- reference ---------------------------------------------------------------------------------------------------
@@ -92,18 +127,29 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _with_prefix(k: Tensor, v: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k, v [B, heads, S, d] behind the prefix's."""
+    if prefix is None:
+        return k, v
+    batch, heads = k.shape[:2]
+    by_row = prefix if prefix.dim() == 4 else prefix.expand(batch, *prefix.shape)
+    before_k, before_v = by_row.unflatten(-1, (heads, k.shape[-1])).permute(1, 0, 3, 2, 4)
+    return torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2)
+
+
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).to(accumulation_dtype(q.dtype)) * scale
     if mask is None:
         return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, float("-inf"))
-    return scores + mask
+    prefix, own = scores.split([k.shape[2] - q.shape[2], q.shape[2]], dim=-1)
+    own = own.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else own + mask
+    return torch.cat([prefix, own], dim=-1)
 
 
-def attention_forward(qkv, mask, heads, scale, dropout_p, seed, save):
+def attention_forward(qkv, prefix, mask, heads, scale, dropout_p, seed, save):
     """The oracle of every backend; see :mod:`fastadapt.ops.schemas` for the contract."""
     q, k, v = _split(qkv, heads)
+    k, v = _with_prefix(k, v, prefix)
     scores = _scores(q, k, mask, scale)
     lse = torch.logsumexp(scores, -1)
     # A row with every key masked attends to nothing and gives zeros, as PyTorch's own attention does.
@@ -113,14 +159,20 @@ def attention_forward(qkv, mask, heads, scale, dropout_p, seed, save):
     return out, lse if save else lse.new_empty(0)
 
 
-def attention_backward(dout, qkv, mask, lse, heads, scale, dropout_p, seed):
+def attention_backward(dout, qkv, prefix, mask, lse, heads, scale, dropout_p, seed):
     """The oracle of every backend's backward."""
     wide = lse.dtype
     q, k, v = _split(qkv, heads)
+    k, v = _with_prefix(k, v, prefix)
     do = dout.view(*qkv.shape[:2], heads, q.shape[-1]).transpose(1, 2)
     p = torch.exp(_scores(q, k, mask, scale) - lse.unsqueeze(-1)).nan_to_num(0.0)
     dv = dropout(p, dropout_p, seed).to(qkv.dtype).transpose(-1, -2) @ do
     dp = dropout((do @ v.transpose(-1, -2)).to(wide), dropout_p, seed)
     ds = (p * (dp - (dp * p).sum(-1, keepdim=True)) * scale).to(qkv.dtype)
     dq, dk = ds @ k, ds.transpose(-1, -2) @ q
-    return torch.stack([dq, dk, dv], dim=2).permute(0, 3, 2, 1, 4).reshape(qkv.shape)
+    before = k.shape[2] - q.shape[2]
+    dqkv = torch.stack([dq, dk[:, :, before:], dv[:, :, before:]], dim=2).permute(0, 3, 2, 1, 4).reshape(qkv.shape)
+    if prefix is None:
+        return dqkv, qkv.new_empty(0, dtype=wide)
+    by_row = torch.stack([dk[:, :, :before], dv[:, :, :before]], dim=1).transpose(2, 3).flatten(3).to(wide)
+    return dqkv, by_row if prefix.dim() == 4 else by_row.sum(0)

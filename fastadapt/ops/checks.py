@@ -32,6 +32,20 @@ def like(name: str, x: Tensor | None, reference: Tensor) -> None:
         shape(name, x, tuple(reference.shape), reference.device)
 
 
+def rows(table: Tensor | None, x: Tensor, slot_count: int) -> None:
+    """The table that gives every batch row of x [B, ..., K] its slot; None passes."""
+    if table is None:
+        return
+    if not isinstance(table, Tensor) or table.dtype != torch.int64 or tuple(table.shape) != (x.shape[0],):
+        given = f"{table.dtype} {tuple(table.shape)}" if isinstance(table, Tensor) else type(table).__name__
+        raise ValueError(f"rows: got {given}; accepted is an int64 tensor of shape ({x.shape[0]},), a slot a batch row")
+    if table.device != x.device:
+        raise ValueError(f"rows: is on {table.device}, but x is on {x.device}; move one of them")
+    readable = table.device.type == "cpu" and table.numel() and not torch.compiler.is_compiling()
+    if readable and not 0 <= int(table.min()) <= int(table.max()) < slot_count:
+        raise ValueError(f"rows: got {table.tolist()}; accepted are slots 0 to {slot_count - 1}")
+
+
 def probability(name: str, p: float) -> float:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: got {p}; accepted is a probability from 0 to 1")

@@ -1,6 +1,6 @@
 """Linear layers with frozen, packed weights, an activation and dropout; several weights share one input.
 
-    y = drop(σ(x [W_0; W_1; ...]ᵀ + [b_0; b_1; ...]))
+y = drop(σ(x [W_0; W_1; ...]ᵀ + [b_0; b_1; ...]))
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
-from fastadapt.ops import checks
+from fastadapt.ops import checks, lora
 from fastadapt.ops.activations import activate, canonical, derivative
 from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.lora import LowRank
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -27,6 +28,8 @@ def linear(
     activation: str = "none",
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    loras: Sequence[LowRank] = (),
+    rows: Tensor | None = None,
 ) -> Tensor:
     """``drop(σ(x Wᵀ + bias))``; a list of weights is one stacked matrix (query, key and value as one product).
 
@@ -36,8 +39,11 @@ def linear(
     Args:
         x: [..., K].
         weight: [N, K], or a sequence of [N_i, K].
-        bias: [N] or None, or a sequence of the same length.
+        bias: [N] or None, or a sequence of the same length; with ``rows``, of that length for every slot.
         activation, dropout_p, seed: as in :func:`fastadapt.ops.bottleneck`.
+        loras: low-rank additions; several to one weight sum.
+        rows: [B] int64, for x of B batch rows: the slot of each. A batch row has the biases of its slot and the LoRAs
+            that name that slot. None is slot 0 for all.
 
     Returns:
         [..., ΣN_i] in x's dtype, or in autocast's where autocast is on.
@@ -47,9 +53,10 @@ def linear(
     biases = [bias] if bias is None or isinstance(bias, Tensor) else list(bias)
     if len(biases) == 1 and biases[0] is None:
         biases = [None] * len(weights)
-    if not weights or len(weights) != len(biases):
-        raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is one a weight")
-    for w, b in zip(weights, biases, strict=True):
+    if not weights or not biases or len(biases) % len(weights) or (rows is None and len(weights) != len(biases)):
+        accepted = "one a weight" if rows is None else "one a weight for each slot"
+        raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is {accepted}")
+    for w, b in zip(weights * (len(biases) // len(weights)), biases, strict=True):
         checks.floating("weight", w)
         if w.dim() != 2:
             raise ValueError(f"weight: got shape {tuple(w.shape)}; accepted is [N, {x.shape[-1]}]")
@@ -58,10 +65,15 @@ def linear(
     activation = canonical(activation)
     dropout_p = checks.probability("dropout_p", dropout_p)
     dtype = checks.compute_dtype(x)
+    if loras or rows is not None:
+        lora.check(loras, weights, len(biases) // len(weights), x.device)
+        checks.rows(rows, x, len(biases) // len(weights))
     seed = resolve_seed(seed, dropout_p, x.device)
     flat = checks.flatten(x, dtype)
     options = (activation, dropout_p, seed)
-    if checks.differentiable(*weights):
+    if loras or rows is not None:
+        y = lora.lora(flat, weights, biases, loras, rows, *options)
+    elif checks.differentiable(*weights):
         y, _ = linear_forward(flat, weights, biases, *options, False)
     elif checks.differentiable(x, *biases):
         y = _Linear.apply(flat, *options, len(weights), *weights, *biases)
@@ -69,6 +81,35 @@ def linear(
         kernel = dispatch.pick("linear_forward", x.device.type, dtype, features=x.shape[-1])
         y, _ = kernel(flat, weights, biases, *options, False)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``x Wᵀ + bias + scale · (drop(x) aᵀ) bᵀ`` as one product.
+
+    Args:
+        x: [..., K].
+        weight: [N, K]; ``bias``: [N] or None.
+        a: [r, K]; ``b``: [N, r].
+        scale: a float.
+        dropout_p, seed: dropout of what ``a`` reads, as in :func:`fastadapt.ops.bottleneck`.
+
+    Returns:
+        [..., N] in x's dtype, or in autocast's where autocast is on.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
+    """
+    return linear(x, weight, bias, loras=[LowRank(a, b, scale, dropout_p=dropout_p, seed=seed)])
 
 
 class _Linear(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Residual add, dropout and LayerNorm as one op, for sublayers without an adapter.
 
-    s = drop(x) + [residual],  y = LN(s)
+s = drop(x) + [residual],  y = LN(s)
 """
 
 from __future__ import annotations

@@ -8,13 +8,17 @@ import torch
 
 from fastadapt.ops.attention import attention_backward, attention_forward
 from fastadapt.ops.bottleneck import bottleneck_backward, bottleneck_forward
+from fastadapt.ops.bottleneck_rows import bottleneck_rows_backward, bottleneck_rows_forward
 from fastadapt.ops.dropout import dropout as drop
 from fastadapt.ops.linear import linear_backward, linear_forward
+from fastadapt.ops.lora import lora_backward, lora_forward
+from fastadapt.ops.merge import remerge_
 from fastadapt.ops.norm import add_norm_backward, add_norm_forward
 
 __all__ = [
     "add_norm_backward", "add_norm_forward", "attention_backward", "attention_forward", "bottleneck_backward",
-    "bottleneck_forward", "drop", "linear_backward", "linear_forward", "refusal",
+    "bottleneck_forward", "bottleneck_rows_backward", "bottleneck_rows_forward", "drop", "linear_backward",
+    "linear_forward", "lora_backward", "lora_forward", "refusal", "remerge_",
 ]  # fmt: skip
 
 
