@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastadapt.backends.triton import bottleneck, launch, linear, norm
+from fastadapt.backends.triton import bottleneck, launch, linear, lora, norm
 
 TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
@@ -40,12 +41,21 @@ HIDDEN = (384, 768, 1024)
 BOTTLENECKS = (16, 48, 64, 100, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (512, 65536)  # a heuristic may choose small tiles for few rows
+LORA_HIDDEN = (768, 1024)
+RANKS = (1, 4, 8, 12, 16, 48, 64, 128)
+# One of the narrowest tile and one of the widest: all that there is where no kernel has the rank as a constant
+# (float32, dropout, several slots), and what the larger hidden size is held to.
+FEW_RANKS = (8, 48)
+RANK_OF_FEW_ROWS = 8
+BATCH_ROWS, SLOTS = 32, 8
+# Of a multiprocessor of compute capability 8.0 and 9.0 (CUDA C++ Programming Guide, "Technical Specifications").
+_WARPS, _PROGRAMS, _REGISTERS, _SHARED_BYTES = 64, 32, 65536, {80: 164 * 1024, 90: 228 * 1024}
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int64": "*i64"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape; ``bottleneck`` is 0 where the op has none."""
+    """One op at one shape; ``bottleneck`` is a LoRA's rank, and 0 where the op has neither."""
 
     op: str
     arch: int
@@ -57,7 +67,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel of a case takes. Bytes; registers a thread; shared memory a program."""
+    """What one kernel of a case takes. Bytes; registers a thread; shared memory a program.
+
+    ``resident`` is how many of its programs a multiprocessor holds at once; ``matrix`` counts the matrix instructions
+    in the kernel's code, ``loads`` the loads from global memory and ``wide_loads`` those of them that take 16 bytes.
+    """
 
     op: str
     kernel: str
@@ -72,6 +86,10 @@ class Usage:
     spill_stores: int
     spill_loads: int
     shared: int
+    resident: int
+    matrix: int
+    loads: int
+    wide_loads: int
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -88,25 +106,27 @@ def _bottleneck(case: Case, forward: bool, training: bool, parameters: str | Non
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
     t, h, b = case.rows, case.hidden, case.bottleneck
-    x, z = new(t, h, dtype=case.dtype), new(t, b, dtype=case.dtype)
+    x, residual, dy, s = (new(t, h, dtype=case.dtype) for _ in range(4))
+    z = new(t, b, dtype=case.dtype)
     w_down, w_up, vector = new(b, h), new(h, b), new(h)
     p, seed = (0.1, torch.empty((), dtype=torch.int64, device="meta")) if training else (0.0, None)
     if forward:
-        bottleneck.forward(x, w_down, new(b), w_up, vector, "gelu", 1.0, None, True, x, vector, vector, 1e-12, p, seed,
-                           training)  # fmt: skip
+        bottleneck.forward(x, w_down, new(b), w_up, vector, "gelu", 1.0, None, True, residual, vector, vector, 1e-12,
+                           p, seed, training)  # fmt: skip
     else:
-        bottleneck.backward(x, x, z, x, w_down, w_up, "gelu", 1.0, None, True, vector, 1e-12, p, seed, True, True,
+        bottleneck.backward(dy, x, z, s, w_down, w_up, "gelu", 1.0, None, True, vector, 1e-12, p, seed, True, True,
                             True, True)  # fmt: skip
 
 
 def _add_norm(case: Case, forward: bool) -> None:
     dtype = getattr(torch, case.dtype)
-    x, vector = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((case.rows, case.hidden), (case.hidden,)))
+    x, y, z = (torch.empty((case.rows, case.hidden), dtype=dtype, device="meta") for _ in range(3))
+    vector = torch.empty((case.hidden,), dtype=dtype, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta")
     if forward:
-        norm.forward(x, x, vector, vector, 1e-12, 0.1, seed, True)
+        norm.forward(x, y, vector, vector, 1e-12, 0.1, seed, True)
     else:
-        norm.backward(x, x, x, vector, 1e-12, 0.1, seed, True, True, True)
+        norm.backward(x, y, z, vector, 1e-12, 0.1, seed, True, True, True)
 
 
 def _linear(case: Case, forward: bool) -> None:
@@ -123,6 +143,33 @@ def _linear(case: Case, forward: bool) -> None:
         linear.backward(new(t, 4 * h), new(t, 4 * h), [new(4 * h, h)], "gelu", 0.0, None, True, True)
 
 
+# The linears of a layer as (depth, widths) in hidden sizes.
+LINEARS = {"square": (1, (1,)), "qkv": (1, (1, 1, 1)), "wide": (1, (4,)), "deep": (4, (1,))}
+
+
+def _lora(case: Case, of: str, forward: bool, p: float = 0.0, slots: int = 1, parameters: str | None = None) -> None:
+    """Every weight with a LoRA (of every slot); the wide one with GELU behind it."""
+
+    def new(*shape: int, dtype: str = parameters or case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    depth, widths = LINEARS[of]
+    k, outputs, t, r = depth * case.hidden, [n * case.hidden for n in widths], case.rows, case.bottleneck
+    x, y = new(t, k, dtype=case.dtype), new(t, sum(outputs), dtype=case.dtype)
+    weights = [new(n, k) for n in outputs]
+    places = [(slot, weight) for slot in range(slots) for weight in range(len(outputs))]
+    a, b = [new(r, k) for _ in places], [new(outputs[weight], r) for _, weight in places]
+    rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta") if slots > 1 else None
+    seeds = torch.empty(len(places), dtype=torch.int64, device="meta") if p else None
+    how = ([1.0] * len(places), [weight for _, weight in places], [slot for slot, _ in places], rows,
+           [p] * len(places), seeds, "gelu" if of == "wide" else "none", 0.0, None)  # fmt: skip
+    if forward:
+        lora.forward(x, weights, [new(n) for n in outputs] * slots, a, b, *how, True)
+    else:
+        s = new(t, r * len(outputs), dtype=case.dtype)
+        lora.backward(y, x, new(*y.shape, dtype=case.dtype), s, weights, slots, a, b, *how, True, slots > 1, True)
+
+
 OPS: dict[str, Callable[[Case], None]] = {
     "bottleneck inference": lambda case: _bottleneck(case, forward=True, training=False),
     "bottleneck training": lambda case: _bottleneck(case, forward=True, training=True),
@@ -134,6 +181,13 @@ OPS: dict[str, Callable[[Case], None]] = {
     "linear training": lambda case: _linear(case, forward=True),
     "linear backward": lambda case: _linear(case, forward=False),
 }
+for _of, _forward in itertools.product(LINEARS, (True, False)):
+    OPS[f"lora {_of} {'training' if _forward else 'backward'}"] = partial(_lora, of=_of, forward=_forward)
+for _kind, _options in (("dropout", {"p": 0.1}), ("rows", {"slots": SLOTS}), ("autocast", {"parameters": "float32"})):
+    for _forward in (True, False):
+        OPS[f"lora qkv {_kind} {'training' if _forward else 'backward'}"] = partial(
+            _lora, of="qkv", forward=_forward, **_options
+        )
 
 
 def cases() -> Iterator[Case]:
@@ -143,17 +197,28 @@ def cases() -> Iterator[Case]:
             continue
         if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
             continue
-        for b in BOTTLENECKS if op.startswith("bottleneck") else (0,):
+        widths = (0,)
+        if op.startswith("bottleneck"):
+            widths = BOTTLENECKS
+        elif op.startswith("lora") and hidden not in LORA_HIDDEN:
+            continue
+        elif "dropout" in op or "rows" in op:
+            widths = FEW_RANKS if rows == ROWS[-1] and hidden == LORA_HIDDEN[0] else ()
+        elif op.startswith("lora"):
+            widths = FEW_RANKS if dtype == "float32" or hidden != LORA_HIDDEN[0] else RANKS
+            widths = widths if rows == ROWS[-1] else (RANK_OF_FEW_ROWS,)
+        for b in widths:
             yield Case(op, arch, dtype, hidden, b, rows)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its arguments by name, and the compiler's options."""
+    """A kernel, its arguments by name, the compiler's options and the programs along each axis."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...]
 
 
 def recorded(case: Case) -> list[Launch]:
@@ -163,7 +228,7 @@ def recorded(case: Case) -> list[Launch]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs}
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launches.append(Launch(self, arguments, options))
+        launches.append(Launch(self, arguments, options, grid))
 
     arch = ARCHITECTURES[case.arch]
     with patch.object(JITFunction, "run", record), patch.object(launch, "architecture", lambda x: arch):
@@ -178,7 +243,8 @@ def _source(recorded: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(recorded.kernel.params):
         name, value = parameter.name, recorded.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        as_it_is = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not as_it_is):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -186,7 +252,7 @@ def _source(recorded: Launch) -> ASTSource:
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not as_it_is:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -212,31 +278,83 @@ def _reported(log: str) -> tuple[int, int, int]:
     return int(registers[1]), int(spills[1]), int(spills[2])
 
 
+def _resident(arch: int, warps: int, registers: int, shared: int) -> int:
+    """Programs a multiprocessor holds: threads, registers (allotted in 256 a warp) and shared memory (1 KiB kept)."""
+    by_registers = _REGISTERS // (-(-registers * 32 // 256) * 256) // warps
+    return min(_WARPS // warps, by_registers, _PROGRAMS, _SHARED_BYTES[arch] // (shared + 1024))
+
+
+def _instructions(ptx: str) -> tuple[int, int, int]:
+    """Matrix instructions, loads from global memory, and those of 16 bytes."""
+    matrix = len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync", ptx))
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)", ptx)
+    plain = re.findall(r"ld\.global(?:\.[a-z0-9_:]+)*?(?:\.v([248]))?\.[bfsu](\d+)", ptx)
+    bytes_ = [int(size, 0) for size in copies] + [int(n or 1) * int(bits) // 8 for n, bits in plain]
+    return matrix, len(bytes_), sum(size >= 16 for size in bytes_)
+
+
+def kernel_name(one: Launch) -> str:
+    """A launch's name in the table."""
+    name = one.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+    if "OF_A" in one.arguments:  # two launches of one kernel
+        name += " a" if one.arguments["OF_A"] else " b"
+    return name
+
+
+def _measured(case: Case, one: Launch) -> Usage:
+    compiled, log = _compiled(one, case.arch)
+    registers, stores, loads = _reported(log)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Usage(
+        case.op, kernel_name(one), case.arch, case.dtype, case.hidden, case.bottleneck, case.rows, warps,
+        compiled.metadata.num_stages, registers, stores, loads, shared,
+        _resident(case.arch, warps, registers, shared), *_instructions(compiled.asm["ptx"]),
+    )  # fmt: skip
+
+
+def _distinct(found: list[Usage]) -> list[Usage]:
+    """One row a kernel: where a case launches it in several forms, the one that takes most."""
+    worst: dict[tuple[Any, ...], Usage] = {}
+    for usage in sorted(found, key=lambda u: (u.spill_stores + u.spill_loads, u.registers, u.shared, u.loads)):
+        worst[usage.key] = usage
+    return [worst[key] for key in dict.fromkeys(usage.key for usage in found)]
+
+
 def measure(case: Case) -> list[Usage]:
     """Compile every kernel of a case."""
-    found = []
-    for one in recorded(case):
-        compiled, log = _compiled(one, case.arch)
-        registers, stores, loads = _reported(log)
-        name = one.kernel.__name__.removeprefix("_").removesuffix("_kernel")
-        found.append(
-            Usage(
-                case.op, name, case.arch, case.dtype, case.hidden, case.bottleneck, case.rows,
-                compiled.metadata.num_warps, compiled.metadata.num_stages, registers, stores, loads,
-                compiled.metadata.shared,
-            )
-        )  # fmt: skip
-    return list({usage.key: usage for usage in found}.values())
+    return _distinct([_measured(case, one) for one in recorded(case)])
+
+
+def _measure_launch(job: tuple[Case, int]) -> Usage:
+    case, number = job
+    return _measured(case, recorded(case)[number])
+
+
+def _identity(case: Case, one: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    source = _source(one)
+    described = (one.kernel.__name__, case.arch, source.signature, source.constants, source.attrs, one.options)
+    return repr(described)
 
 
 def table(chosen: list[Case], processes: int) -> list[Usage]:
+    """The rows of all cases; what several of them launch alike is compiled once."""
+    identities = {case: [_identity(case, one) for one in recorded(case)] for case in chosen}
+    jobs: dict[str, tuple[Case, int]] = {}
+    for case, names in identities.items():
+        for number, name in enumerate(names):
+            jobs.setdefault(name, (case, number))
+    measured: dict[str, Usage] = {}
     with ProcessPoolExecutor(processes) as pool:
-        found: list[Usage] = []
-        for number, rows in enumerate(pool.map(measure, chosen), 1):
-            found += rows
-            print(f"\r{number}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+        for number, (name, usage) in enumerate(zip(jobs, pool.map(_measure_launch, jobs.values()), strict=True), 1):
+            measured[name] = usage
+            print(f"\r{number}/{len(jobs)}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-    return found
+    return [
+        usage
+        for case, names in identities.items()
+        for usage in _distinct([replace(measured[name], **asdict(case)) for name in names])
+    ]
 
 
 def read(path: Path = TABLE) -> tuple[str, list[Usage]]:
@@ -281,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
         write([fresh.pop(row.key, row) for row in known] + list(fresh.values()))
         print(f"updated {len(rows)} rows of {TABLE}")
     else:
-        print("op kernel arch dtype hidden bottleneck rows warps stages registers spill_stores spill_loads shared")
+        print(*(field.name for field in fields(Usage)))
         for row in rows:
             print(*(str(v).replace(" ", "_") for v in asdict(row).values()))
     spilled = [row for row in rows if row.spill_stores or row.spill_loads]

@@ -18,7 +18,7 @@ TABLE = json.loads((ROOT / "benchmarks" / "results" / "triton_compile.json").rea
 ROWS = [dict(zip(TABLE["columns"], row, strict=True)) for row in TABLE["rows"]]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 KEY = ("op", "kernel", "arch", "dtype", "hidden", "bottleneck", "rows")
-# Compiled anew by the test: one bottleneck a dtype and architecture, and an op without one.
+# Compiled anew by the test: one bottleneck a dtype and architecture, an op without one, and every kind of a LoRA's.
 SUBSET = [
     ("bottleneck training", 90, "bfloat16", 768, 64, 65536),
     ("bottleneck backward", 90, "float16", 1024, 256, 65536),
@@ -26,6 +26,10 @@ SUBSET = [
     ("bottleneck autocast training", 80, "bfloat16", 768, 256, 65536),
     ("add_norm backward", 80, "float16", 768, 0, 65536),
     ("linear training", 90, "bfloat16", 1024, 0, 65536),
+    ("lora square training", 90, "bfloat16", 768, 12, 65536),
+    ("lora deep backward", 80, "float16", 1024, 8, 65536),
+    ("lora qkv dropout backward", 80, "bfloat16", 768, 8, 65536),
+    ("lora qkv rows training", 90, "float16", 768, 48, 65536),
 ]
 
 
@@ -46,6 +50,37 @@ def test_the_table_holds_every_shape():
             autocast = op.replace("inference", "training").replace(" ", " autocast ")
             assert (autocast, kernel, arch, dtype, hidden, b, 65536) in there
     assert len(there) == len(ROWS)
+
+
+def test_the_table_holds_every_linear_and_rank():
+    there = {tuple(row[n] for n in KEY) for row in ROWS}
+    linears, archs, dtypes = ("square", "qkv", "wide", "deep"), (80, 90), ("bfloat16", "float16", "float32")
+    for of, arch, dtype, hidden in itertools.product(linears, archs, dtypes, (768, 1024)):
+        every = hidden == 768 and dtype != "float32"
+        for r in (1, 4, 8, 12, 16, 48, 64, 128) if every else (8, 48):
+            # A small LoRA joins the product where a weight is alone with it and instructions multiply matrices.
+            fused = r <= 16 and dtype != "float32"
+            kernels = {"training": ["fused"] if fused else ["low", "product"]}
+            kernels["backward"] = ["weights a", "weights b", "sum"]
+            kernels["backward"] += ["fused"] if fused and of != "qkv" else ["low", "product"]
+            for direction, named in kernels.items():
+                for kernel in named:
+                    assert (f"lora {of} {direction}", kernel, arch, dtype, hidden, r, 65536) in there
+    for kind, arch, dtype, r in itertools.product(("dropout", "rows"), archs, dtypes, (8, 48)):
+        for kernel in ("low", "product", "weights a", "weights b"):
+            assert (f"lora qkv {kind} backward", kernel, arch, dtype, 768, r, 65536) in there
+
+
+def test_products_in_sixteen_bits_use_matrix_instructions_and_wide_loads():
+    products = ("forward", "fused", "low", "product", "weights a", "weights b")
+    for row in ROWS:
+        if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith("add_norm"):
+            assert row["matrix"] > 0, _about(row)
+            assert row["wide_loads"] > 0, _about(row)
+
+
+def test_a_multiprocessor_holds_a_program_of_every_kernel():
+    assert [_about(row) for row in ROWS if row["resident"] < 1] == []
 
 
 def test_sixteen_bit_kernels_spill_nothing():
@@ -85,3 +120,64 @@ def test_a_fresh_compilation_gives_the_table(compiled):
     written = {tuple(row[n] for n in KEY): row for row in ROWS}
     for usage in compiled:
         assert written[tuple(usage[n] for n in KEY)] == usage, _about(usage)
+
+
+# -- the model of bytes and operations ---------------------------------------------------------------------------
+
+
+def _predicted(cases):
+    """{case: [(kernel, seconds, bound, bytes, operations)] on an H200}."""
+    code = (
+        "import json\n"
+        "from benchmarks import roofline as r, triton_compile as t\n"
+        "table = {row.key: row for row in t.read()[1]}\n"
+        f"cases = [t.Case(*case) for case in {cases!r}]\n"
+        "def told(case):\n"
+        "    works = [r.work(one, case.bottleneck) for one in t.recorded(case)]\n"
+        "    launches = r.predicted(case, r.DEVICES[2], table)\n"
+        "    return [(*l, w.bytes, w.operations) for l, w in zip(launches, works, strict=True)]\n"
+        "print(json.dumps([told(case) for case in cases]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_model_counts_bytes_and_operations():
+    t, h = 65536, 768
+    (adapter,), (fused,), product, backward = _predicted([
+        ("bottleneck inference", 90, "bfloat16", h, 64, t),
+        ("lora square training", 90, "bfloat16", h, 16, t),
+        ("lora square training", 90, "bfloat16", h, 48, t),
+        ("lora square backward", 90, "bfloat16", h, 16, t),
+    ])  # fmt: skip
+    kernel, seconds, bound, bytes_, operations = adapter
+    assert (kernel, bound) == ("forward", "memory") and operations == 4 * t * h * 64
+    assert bytes_ == pytest.approx(2 * 3 * t * h, rel=0.01)  # x, residual, y; the weights are small beside them
+    assert seconds == pytest.approx(bytes_ / 4.8e12)
+
+    kernel, seconds, bound, bytes_, operations = fused
+    assert (kernel, bound) == ("fused", "arithmetic")
+    assert operations == 2 * t * (h * h + 6 * h * 16 + h * 16)  # six column tiles make s
+    assert bytes_ == pytest.approx(2 * (2 * t * h + t * 16 + h * h), rel=0.01)
+    assert operations / 989.5e12 <= seconds <= 1.1 * operations / 989.5e12  # 3,072 programs are 23.3 waves
+
+    assert [launch[0] for launch in product] == ["low", "product"]
+    assert [launch[4] for launch in product] == [2 * t * h * 64, 2 * t * h * (h + 64)]
+    names = [launch[0] for launch in backward]
+    assert names == ["fused", "weights a", "weights b", "sum"]
+    assert [launch[2] for launch in backward[1:]] == ["memory"] * 3
+
+
+def test_the_model_prints_a_row_for_each_op():
+    command = [sys.executable, "-m", "benchmarks.roofline", "--op", "lora", "--rows", "512"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "microseconds, bfloat16, H=768, 512 rows"
+    assert {line[:32].strip() for line in lines[2:]} == {
+        f"lora {of} {direction}" for of in ("square", "qkv", "wide", "deep") for direction in ("training", "backward")
+    }

@@ -26,11 +26,17 @@ class Dropout:
 
     @classmethod
     def of(cls, p: float, seed: Tensor | None) -> Dropout:
-        first_kept = threshold(p)
-        if seed is None or first_kept == 0:
+        if seed is None or threshold(p) == 0:
             return cls(False, None, 0, 1.0)
-        least = first_kept - 1
-        return cls(True, seed, least - 2**32 if least >= 2**31 else least, 0.0 if p == 1.0 else 1.0 / (1.0 - p))
+        return cls(True, seed, *least_and_factor(p))
+
+
+def least_and_factor(p: float) -> tuple[int, float]:
+    """:class:`Dropout`'s numbers for a p that drops something; (0, 1) for one that does not."""
+    least = threshold(p) - 1
+    if least < 0:
+        return 0, 1.0
+    return least - 2**32 if least >= 2**31 else least, 0.0 if p == 1.0 else 1.0 / (1.0 - p)
 
 
 def padded_columns(columns: int) -> int:

@@ -52,11 +52,11 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the first argument's."""
+    """Triton launches on the current device; make that the first argument's (a tensor or a list of them)."""
 
     @wraps(function)
-    def launched(first: Tensor, *arguments: Any) -> Any:
-        with torch.cuda.device(first.device):
+    def launched(first: Tensor | list[Tensor], *arguments: Any) -> Any:
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
             return function(first, *arguments)
 
     return launched
@@ -186,10 +186,13 @@ class ColumnTile:
     rows_a_split: int
 
 
-def gradient_columns(arch: Architecture, rows: int, features: int) -> ColumnTile:
-    """Tile of the elementwise gradient of a linear's epilogue, which also sums columns."""
+def gradient_columns(arch: Architecture, rows: int, features: int, batch_rows: int = 1) -> ColumnTile:
+    """Tile of the elementwise gradient of a linear's epilogue, which also sums columns.
+
+    ``rows`` are those of each of the ``batch_rows`` parts, which are split apart.
+    """
     step, cols, warps = (16, 256, 1) if arch is INTERPRETER else (32, 64, 4)
-    tiles = triton.cdiv(features, cols)
+    tiles = triton.cdiv(features, cols) * batch_rows
     splits = max(1, min(triton.cdiv(8 * arch.processors, tiles), triton.cdiv(rows, step)))
     rows_a_split = triton.cdiv(triton.cdiv(rows, splits), step) * step
     return ColumnTile(step, cols, warps, triton.cdiv(rows, rows_a_split), rows_a_split)
@@ -220,6 +223,124 @@ def linear_product(arch: Architecture, rows: int, features: int, bytes_: int, we
     tile, depth = (128, 64) if large else (64, 64)
     stages = _deepest(arch, 0, tile * depth * (bytes_ + weight_bytes), 4 if large else 3)
     return MatrixTile(tile, tile, depth, 8, 8 if large else 4, stages)
+
+
+# -- lora --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LowRankTile:
+    """A tile of a product with low-rank steps behind it: as :class:`MatrixTile`, ``rank`` ranks a step."""
+
+    rows: int
+    cols: int
+    depth: int
+    rank: int
+    group: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def lora_fuses(arch: Architecture, rank: int, bytes_: int) -> bool:
+    """Whether each tile of the product makes s itself, next to y.
+
+    That is rank / 128 more arithmetic for matrix instructions; apart it is a launch that reads x once more. IEEE
+    float32 has no matrix instructions, and half as large tiles.
+    """
+    return power_of_two(rank) <= 32 and (arch is INTERPRETER or bytes_ == 2)
+
+
+def lora_product(
+    arch: Architecture, rows: int, batch_rows: int, features: int, rank: int, bytes_: int, weight_bytes: int, *,
+    fused: bool, drops: bool,
+) -> LowRankTile:  # fmt: skip
+    """Tile of y and of dx; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross."""
+    width = power_of_two(rank)
+    if arch is INTERPRETER:
+        return LowRankTile(64, 256, 256, width, 1, 1, 1)
+    if bytes_ == 4:
+        return LowRankTile(64, 64, 16, 16, 8, 8, 1)
+    width = min(width, 64)
+    large = triton.cdiv(rows, 128) * batch_rows * triton.cdiv(features, 128) >= arch.processors and rows >= 128
+    # With dropout the LoRA's addition is a second sum of the tile's size, and its mask takes registers too.
+    large = large and not drops
+    tile, depth = (128, 64) if large else (64, 64)
+    height = min(tile, power_of_two(rows))
+    a_stage = (height * bytes_ + tile * weight_bytes + (width * weight_bytes if fused else 0)) * depth
+    stages = _deepest(arch, (height + tile) * width * bytes_, a_stage, 4 if large else 3)
+    return LowRankTile(height, tile, depth, width, 8, 8 if large else 4, stages, _MOST_REGISTERS if drops else None)
+
+
+def lora_low(
+    arch: Architecture, rows: int, batch_rows: int, rank: int, bytes_: int, weight_bytes: int, drops: bool
+) -> LowRankTile:
+    """Tile of s and of t, which are as narrow as a rank: rows enough to fill the processors."""
+    width = power_of_two(rank)
+    if arch is INTERPRETER:
+        return LowRankTile(64, width, 256, width, 1, 1, 1)
+    if bytes_ == 4:
+        width = min(width, 32)
+        return LowRankTile(16, width, 64, width, 1, 4, 1)
+    width = min(width, 64)
+    tile = 64 if rows * batch_rows >= 64 * 2 * arch.processors else 16
+    tile = min(tile, power_of_two(rows))
+    depth = 64 if drops or width == 64 else 128
+    stages = _deepest(arch, 0, (tile * bytes_ + width * weight_bytes) * depth, 3)
+    return LowRankTile(tile, width, depth, width, 1, 8 if tile == width == 64 else 4, stages)
+
+
+@dataclass(frozen=True)
+class LowRankWeightTile:
+    """A program sums ``rank`` by ``cols`` of dA or dB over its split: some chunks of rows, ``rows`` a step."""
+
+    rows: int
+    cols: int
+    rank: int
+    warps: int
+    stages: int
+    chunk: int  # rows of a chunk, which lies within a batch row
+    chunks_a_row: int
+    chunks_a_split: int
+    splits: int
+
+
+def lora_weights(
+    arch: Architecture, rows: int, batch_rows: int, columns: int, loras: int, rank: int, bytes_: int
+) -> LowRankWeightTile:
+    """Tile of the weight gradients; splits fill the processors twice, and no more."""
+    width = power_of_two(rank)
+    if arch is INTERPRETER:
+        step, cols, warps, stages = 16, 256, 1, 1
+    elif bytes_ == 4:
+        step, cols, width, warps, stages = 16, 64, min(width, 32), 4, 1
+    else:
+        step, cols, width, warps, stages = 32, 64, min(width, 64), 4, 2
+    programs = triton.cdiv(columns, cols) * triton.cdiv(rank, width) * loras
+    wanted = triton.cdiv(2 * arch.processors, programs)
+    chunks_a_row = max(1, min(triton.cdiv(wanted, batch_rows), triton.cdiv(rows, step)))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks_a_row), step) * step
+    chunks_a_row = triton.cdiv(rows, chunk)
+    chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
+    splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
+    return LowRankWeightTile(step, cols, width, warps, stages, chunk, chunks_a_row, chunks_a_split, splits)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """The part of a weight matrix that a program merges."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+def merge_tile(arch: Architecture) -> WeightPart:
+    """Sixteen sums a thread; a row of A serves as many rows of W."""
+    return WeightPart(64, 256, 1) if arch is INTERPRETER else WeightPart(16, 128, 4)
 
 
 # -- ordered sums ------------------------------------------------------------------------------------------------

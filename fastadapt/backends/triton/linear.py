@@ -97,7 +97,7 @@ def forward(x, weights, biases, activation, dropout_p, seed, save):
 
 @triton.jit
 def gradient_kernel(
-    dy, z, dz, partial, seed, rows, rows_a_split, columns, least, factor, blocks_a_row,
+    dy, z, dz, partial, seed, length, rows_a_split, splits_a_row, columns, least, factor, blocks_a_row,
     ROWS: tl.constexpr, COLS: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_DZ: tl.constexpr, NEED_DBIAS: tl.constexpr,
 ):  # fmt: skip
@@ -105,10 +105,12 @@ def gradient_kernel(
     split = tl.program_id(1).to(tl.int64)
     col = column + tl.arange(0, COLS)
     total = tl.zeros((COLS,), tl.float32)
-    first = split * rows_a_split
+    batch_row = split // splits_a_row
+    begin = split % splits_a_row * rows_a_split
     for step in range(0, rows_a_split, ROWS):
-        row = first + step + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (col < columns)[None, :]
+        within = begin + step + tl.arange(0, ROWS)
+        row = batch_row * length + within
+        inside = (within < length)[:, None] & (col < columns)[None, :]
         at = row[:, None] * columns + col[None, :]
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         if DROPOUT:
@@ -124,25 +126,41 @@ def gradient_kernel(
         tl.store(partial + split * columns + col, total, mask=col < columns)
 
 
+def epilogue_gradient(dy, z, activation, dropout, need_dz, need_dbias, batch_rows=1):
+    """(dz, partial sums of dbias [splits, columns]); a split lies within one of the ``batch_rows`` equal parts of dy.
+
+    dz is dy itself where the linear has neither activation nor dropout.
+    """
+    rows, columns = dy.shape
+    plain = activation == "none" and not dropout.on
+    need_dz = need_dz and not plain
+    dz = torch.empty_like(dy) if need_dz else dy
+    if not need_dz and not need_dbias:
+        return dz, dy.new_empty(0, dtype=torch.float32)
+    length = rows // batch_rows
+    tile = launch.gradient_columns(launch.architecture(dy), length, columns, batch_rows)
+    splits = batch_rows * tile.splits
+    partial = dy.new_empty((splits, columns) if need_dbias else (0,), dtype=torch.float32)
+    gradient_kernel[(triton.cdiv(columns, tile.cols), splits)](
+        dy, z, dz, partial, dropout.seed, length, tile.rows_a_split, tile.splits, columns, dropout.least,
+        dropout.factor, padded_columns(columns) // 64, ROWS=tile.rows, COLS=tile.cols, ACTIVATION=activation,
+        DROPOUT=dropout.on, NEED_DZ=need_dz, NEED_DBIAS=need_dbias, num_warps=tile.warps,
+    )  # fmt: skip
+    return dz, partial
+
+
 def backward(dy, z, weights, activation, dropout_p, seed, need_dx, need_dbias):
     """``fastadapt::linear_backward``."""
     rows, columns = dy.shape
-    dropout = Dropout.of(dropout_p, seed)
-    plain = activation == "none" and not dropout.on
     dbias = dy.new_zeros((columns if need_dbias else 0,), dtype=torch.float32)
     dz = dy
-    if rows and ((need_dx and not plain) or need_dbias):
-        dz = dy if plain else torch.empty_like(dy)
-        tile = launch.gradient_columns(launch.architecture(dy), rows, columns)
-        partial = dy.new_empty((tile.splits, columns) if need_dbias else (0,), dtype=torch.float32)
-        gradient_kernel[(triton.cdiv(columns, tile.cols), tile.splits)](
-            dy, z, dz, partial, dropout.seed, rows, tile.rows_a_split, columns, dropout.least, dropout.factor,
-            padded_columns(columns) // 64, ROWS=tile.rows, COLS=tile.cols, ACTIVATION=activation,
-            DROPOUT=dropout.on, NEED_DZ=need_dx and not plain, NEED_DBIAS=need_dbias, num_warps=tile.warps,
-        )  # fmt: skip
+    if rows:
+        dz, partial = epilogue_gradient(dy, z, activation, Dropout.of(dropout_p, seed), need_dx, need_dbias)
         if need_dbias:
             (dbias,) = ordered_sum(partial, [(columns,)])
-    if not need_dx:
-        return dy.new_empty(0), dbias
-    matrix = weights[0].to(dy.dtype) if len(weights) == 1 else torch.cat([w.to(dy.dtype) for w in weights])
-    return dz @ matrix, dbias
+    return dz @ stacked(weights, dy.dtype) if need_dx else dy.new_empty(0), dbias
+
+
+def stacked(weights, dtype):
+    """[ΣN_i, K] in ``dtype``; no copy of a single weight that is of it."""
+    return weights[0].to(dtype) if len(weights) == 1 else torch.cat([w.to(dtype) for w in weights])
