@@ -82,7 +82,7 @@ def _new_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module], lab
         raise ValueError(f"head: got {labels}; accepted is a number of labels of at least 1")
     own, _ = own_labels(model)
     slot = next(iter(slots.values()))
-    last = _last_linear(slot)
+    last = last_linear(slot)
     if own is None or len(slots) > 1 or "classifier" not in slots or last is None or last[1].out_features != own:
         raise ValueError(
             f"head: got {labels}, but the head of {type(model).__name__} has no free number of labels; "
@@ -106,11 +106,12 @@ def _new_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module], lab
     return head
 
 
-def _last_linear(head: nn.Module) -> tuple[str, nn.Linear] | None:
+def last_linear(head: nn.Module) -> tuple[str, nn.Linear] | None:
+    """(path, module) of the head's last linear layer."""
     linears = [(name, m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
     return linears[-1] if linears else None
 
 
 def _width(head: nn.Module) -> int | None:
-    last = _last_linear(head)
+    last = last_linear(head)
     return None if last is None else last[1].out_features

@@ -6,6 +6,7 @@ names, ``isinstance``, copies, pickles and hooks go on as before, and giving the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -13,6 +14,7 @@ from operator import attrgetter
 from torch import nn
 from transformers import activations
 
+from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.state import CONTAINER
 from fastadapt.modules.sublayers import FusedOutput, name_activation
 
@@ -40,6 +42,8 @@ class Wiring:
         layers: path of the list of layers in the base model.
         attention, attention_output, intermediate, output: paths in a layer.
         embeddings: path in the base model; its LayerNorm and dropout are the attributes of these names.
+        pooler, projection: paths in the base model of linear layers outside of the encoder, where it has them: the
+            pooler's, and that between narrow embeddings and the encoder.
         hub_name: prefix of the base model in AdapterHub's keys.
     """
 
@@ -54,10 +58,14 @@ class Wiring:
     intermediate: str = "intermediate"
     output: str = "output"
     embeddings: str = "embeddings"
+    pooler: str = "pooler.dense"
+    projection: str = "embeddings_project"
     original: Mapping[type, type] = field(init=False)  # fused class -> original class
+    _owners: dict[str, tuple[str, str]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "original", {new: old for old, new in {**self.fused, **self.heads}.items()})
+        original = {new: old for old, new in {**self.fused, **self.heads}.items()}
+        object.__setattr__(self, "original", {**original, FusedLinear: nn.Linear})
 
     def base_of(self, model: nn.Module) -> nn.Module:
         """The bare model in ``model``, or itself."""
@@ -85,6 +93,46 @@ class Wiring:
             for path in (self.attention, self.attention_output, self.intermediate, self.output):
                 yield f"{self.layers}.{i}.{path}", attrgetter(path)(layer)
 
+    def alone(self, base: nn.Module) -> list[str]:
+        """Paths of the linear layers in which parts run outside of sublayers: the pooler's and the embeddings'."""
+        found = []
+        for path in (self.projection, self.pooler):
+            module: nn.Module | None = base
+            for step in path.split("."):
+                module = None if module is None else module._modules.get(step)
+            if module is not None:
+                found.append(path)
+        return found
+
+    def linears(self, base: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+        """(path of the sublayer, name of the child, the child) of every linear layer in which a part may run."""
+        for path, module in self.sublayers(base):
+            for child in ("query", "key", "value", "dense"):
+                if module._modules.get(child) is not None:
+                    yield path, child, module._modules[child]
+        for path in self.alone(base):
+            yield path, "", base.get_submodule(path)
+
+    def owner(self, path: str) -> tuple[str, str]:
+        """(path of the sublayer in which the part at ``path`` runs, its path there)."""
+        found = self._owners.get(path)
+        if found is None:
+            found = self._owners[path] = self._owner(path)
+        return found
+
+    def _owner(self, path: str) -> tuple[str, str]:
+        if path == self.embeddings:
+            return f"{path}.LayerNorm", ""
+        if path == f"{self.embeddings}.LayerNorm":
+            return path, "LayerNorm"
+        if path in (self.pooler, self.projection):
+            return path, ""
+        for sublayer in (self.attention, self.attention_output, self.intermediate, self.output):
+            found = re.fullmatch(rf"({re.escape(self.layers)}\.\d+\.{re.escape(sublayer)})(?:\.(.+))?", path)
+            if found:
+                return found[1], found[2] or ""
+        raise ValueError(f"no part runs at {path}")
+
     def fuse(self, base: nn.Module) -> None:
         """Give every sublayer its fused class; what is of an unknown class stays as it is."""
         for _, module in self.sublayers(base):
@@ -105,7 +153,16 @@ class Wiring:
             if original is None:
                 continue
             module.__class__ = original
-            for attribute in ("active_site", "active_head", "first_layer", "adapted"):
+            for attribute in (
+                "active",
+                "child",
+                "active_head",
+                "first_layer",
+                "adapted",
+                "_views",
+                "_mixes",
+                "_merged",
+            ):
                 module.__dict__.pop(attribute, None)
 
     def slots_of(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -126,7 +183,7 @@ class Wiring:
         missing = [
             f"{path} ({type(m).__name__})"
             for path, m in self.sublayers(base)
-            if path in needed and type(m) not in self.fused and not isinstance(m, FusedOutput)
+            if path in needed and (_foreign(m) or (type(m) not in self.fused and not isinstance(m, FusedOutput)))
         ]
         known = {id(base)}
         known |= {id(m) for m in self.slots_of(model).values() if type(m) in self.heads or type(m) in self.original}
@@ -135,3 +192,9 @@ class Wiring:
             for name, m in (() if model is base else model.named_children())
             if id(m) not in known and name != CONTAINER and any(True for _ in m.parameters())
         ]
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether a sublayer belongs to another library, which puts its own adapters there."""
+    kind = type(module)
+    return getattr(kind, "foreign", False) or kind.__module__.partition(".")[0] == "adapters"

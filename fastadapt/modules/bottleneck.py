@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt import ops
 from fastadapt.config import BottleneckConfig
+from fastadapt.modules.active import Active, Part
 from fastadapt.modules.plain import replaced
 from fastadapt.ops.activations import canonical
+
+if TYPE_CHECKING:
+    from fastadapt.modules.step import Step
 
 _HOULSBY_STD = 1e-3
 _BERT_STD = 0.02
 
 
-class Site(nn.Module):
+class Site(Part):
     """An adapter after (or beside) a sublayer, a trainable copy of that sublayer's LayerNorm, or both.
 
     Args:
@@ -80,6 +86,62 @@ class Site(nn.Module):
             nn.init.normal_(self.gate.weight, std=_BERT_STD)
             nn.init.zeros_(self.gate.bias)
 
+    def join(self, active: Active, child: str) -> None:
+        active.site = self
+
+    def up_weight(self) -> Tensor:
+        """W_up, [H, b]."""
+        return self.up.weight
+
+    def ops(self, hidden: int) -> list[tuple[str, dict[str, int]]]:
+        """The ops that run here after the sublayer's product, and the facts by which their backends are picked."""
+        if self.down is None:
+            return [("add_norm", {"hidden": hidden})]
+        return [("bottleneck", {"hidden": hidden, "bottleneck": self.down.out_features})]
+
+    def form(self) -> str | None:
+        """The one op that this adapter is: ``"after"`` reads f, ``"beside"`` reads x, ``"normed"`` reads LN(f + x).
+
+        None where it takes several ops, or has another sum.
+        """
+        config = self.config
+        if not config.original_ln_after or any(m is not None for m in (self.gate, self.norm_before, self.norm_after)):
+            return None
+        if config.parallel:
+            return "beside"
+        if not config.original_ln_before:
+            return "after"
+        return "normed" if config.residual_before_ln is True and self.LayerNorm is None else None
+
+    def slot(self, norm_weight: Tensor, norm_bias: Tensor, *, skip: bool) -> ops.Slot:
+        """This adapter as what some rows of a batch have; f and x, or for ``"normed"`` LN(f + x) and f + x, are given
+        to the op."""
+        return ops.Slot(
+            norm_weight,
+            norm_bias,
+            self.down.weight,
+            self.down.bias,
+            self.up_weight(),
+            self.up.bias,
+            activation=self.activation,
+            scale=self.scale,
+            skip=skip,
+            swap=self.config.parallel,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )
+
+    def follow(self, step: Step, layer: int) -> None:
+        """Know the running forward; ``layer`` is the own one, -1 for the embeddings."""
+        self.__dict__["step"], self.layer = step, layer
+
+    def asleep(self) -> bool:
+        """Whether the base alone runs here, in this forward, for every row."""
+        return self.step is not None and self.step.dropped(self.layer)
+
+    def rows(self) -> Tensor | None:
+        """[B] on the CPU: the rows of this forward that are adapted here; None where it is all of them."""
+        return None if self.step is None else self.step.rows(self.layer)
+
     def forward(self, f: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
         """The sublayer's output.
 
@@ -88,6 +150,8 @@ class Site(nn.Module):
             x: [B, S, H], the sublayer's input.
             norm: the LayerNorm that closes the sublayer.
         """
+        if self.down is None:
+            return norm_of_sum(f, x, norm)[0]
         config = self.config
         outer = x if config.original_ln_after else None  # what joins the sum under the closing LayerNorm
         joined = None  # own + outer, where it is at hand
@@ -96,7 +160,7 @@ class Site(nn.Module):
         elif not config.original_ln_before:
             read = own = f
         else:
-            read, total = _norm_of_sum(f, x, norm)
+            read, total = norm_of_sum(f, x, norm)
             own = {True: f, "post_add": total, False: read}[config.residual_before_ln]
             if own is f and outer is not None:
                 joined = total
@@ -125,7 +189,7 @@ class Site(nn.Module):
         rest = outer if under else _sum(joined, own, outer)
         if closing is None:
             return y if rest is None else y + rest
-        return _norm_of_sum(y, rest, closing)[0]
+        return norm_of_sum(y, rest, closing)[0]
 
     def _adapter(
         self, read: Tensor, *, skip: bool = False, joined: Tensor | None = None, norm: nn.Module | None = None
@@ -135,7 +199,7 @@ class Site(nn.Module):
             read,
             self.down.weight,
             self.down.bias,
-            self.up.weight,
+            self.up_weight(),
             self.up.bias,
             activation=self.activation,
             scale=self.scale,
@@ -155,7 +219,14 @@ def _sum(joined: Tensor | None, own: Tensor, outer: Tensor | None) -> Tensor:
     return own if outer is None else own + outer
 
 
-def _norm_of_sum(f: Tensor, x: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def norm_alone(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LN(x), where nothing is added to x: PyTorch's own on a GPU, where it is as good as can be."""
+    if x.device.type == "cpu":
+        return ops.add_norm(x, None, weight, bias, eps=eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def norm_of_sum(f: Tensor, x: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """(LN(f + x), f + x)."""
     if replaced(norm, nn.LayerNorm) is None:
         return ops.add_norm(f, x, norm.weight, norm.bias, eps=norm.eps, return_sum=True)

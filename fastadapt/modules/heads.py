@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fastadapt.modules.plain import reads_as
+
 
 class HeadSlot:
     """Mixin over a head's class. The model's own head stays where it is, under its own keys; another may run."""
@@ -17,6 +19,13 @@ class HeadSlot:
             return super().forward(*args, **kwargs)
         return self.active_head(*args, **kwargs)
 
+    def run_own(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own head, whatever is active."""
+        return super().forward(*args, **kwargs)
+
 
 class LinearHead(HeadSlot, nn.Linear):
     """``nn.Linear`` as a head."""
+
+
+reads_as(LinearHead, nn.Linear)

@@ -7,21 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt.modules.bottleneck import Site
+from fastadapt.modules.active import Part
+from fastadapt.modules.merged import Merged
 
 CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
 
 
 class Branch(nn.Module):
-    """A step on the path to a site; it computes nothing."""
+    """A step on the path to a part; it computes nothing."""
 
 
 class Adaptation(Branch):
-    """One named adaptation: its sites under the base's own paths, and its head.
+    """One named adaptation: its parts under the base's own paths, and its head.
 
     Args:
         config: what it was made from.
-        sites: path in the base model -> what the adaptation owns there.
+        parts: path in the base model -> what the adaptation owns there; what is no ``Part`` belongs to several.
         head: its head, or None for a model without one.
         trainable: whether activating it makes it train.
         num_labels: width of the head, where the model has such a thing.
@@ -31,7 +32,7 @@ class Adaptation(Branch):
     def __init__(
         self,
         config: Any,
-        sites: dict[str, nn.Module],
+        parts: dict[str, nn.Module],
         head: nn.Module | None,
         *,
         trainable: bool,
@@ -44,13 +45,26 @@ class Adaptation(Branch):
         self.num_labels = num_labels
         self.problem_type = problem_type
         self.label2id: dict[str, int] | None = None  # the labels' names, where a file gave them
-        for path, site in sites.items():
-            attach(self, path, site)
+        self._parts: dict[str, Part] | None = None
+        self._in_parts: list[nn.Module] = []
+        for path, part in parts.items():
+            attach(self, path, part)
         if head is not None:
             self.add_module("head", head)
 
-    def sites(self) -> dict[str, Site]:
-        return {path: m for path, m in self.named_modules() if isinstance(m, Site)}
+    def parts(self) -> dict[str, Part]:
+        # Walking the tree costs more than all else that switching to a task does, and its parts never change.
+        if self._parts is None:
+            self._parts = {path: m for path, m in self.named_modules() if isinstance(m, Part)}
+        return self._parts
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Of its parts and its head; as ``parameters()``, without walking the tree."""
+        if not self._in_parts:
+            self._in_parts = [m for part in self.parts().values() for m in part.modules()]
+        head = self.own_head()
+        modules = self._in_parts if head is None else [*self._in_parts, *head.modules()]
+        return [p for m in modules for p in m._parameters.values() if p is not None]
 
     def own_head(self) -> nn.Module | None:
         return self._modules.get("head")
@@ -71,15 +85,24 @@ class Adaptations(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: str | None = None
+        self.active: str | None = None  # the one whose head runs
+        self.summed: tuple[str, ...] = ()  # LoRAs that run with it, in a sum
         self.skipped: tuple[int, ...] = ()
+        self.merge: Merged | None = None  # the last one
         self.base_requires_grad: dict[str, bool] = {}  # before the first adaptation froze them
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
 
+    route: Any = None  # the Routing in place, while fa.route lasts
+
     # Children go into _modules directly, and attributes past them: a task may be called "training" or "active".
     def __setattr__(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)
+
+    @property
+    def merged(self) -> Merged | None:
+        """What is merged into the base's weights now; a conversion of the model may have taken it out."""
+        return self.merge if self.merge is not None and self.merge.live else None
 
     def add(self, name: str, adaptation: Adaptation) -> None:
         self._modules[name] = adaptation

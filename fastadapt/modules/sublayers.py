@@ -8,15 +8,25 @@ child: its parameters live once, in the model's container, and copies and pickle
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadapt import ops
-from fastadapt.modules.bottleneck import Site
+from fastadapt.modules.active import Active
+from fastadapt.modules.bottleneck import Site, norm_alone
+from fastadapt.modules.linear import lost
+from fastadapt.modules.peer import PeerLoRA
 from fastadapt.modules.plain import replaced
+from fastadapt.modules.project import project
+from fastadapt.modules.routed import Routed, Table
+
+if TYPE_CHECKING:
+    from fastadapt.modules.fusion import Fusion
+    from fastadapt.modules.prefix import Prefix
 
 _ACTIVATIONS: dict[type, str] = {
     nn.ReLU: "relu",
@@ -47,6 +57,11 @@ def _trains(*linears: nn.Linear) -> str | None:
     return None
 
 
+def attention_runs_here(device: torch.device) -> bool:
+    """Whether attention is the op; elsewhere it is PyTorch's own, whose kernels are as good as can be."""
+    return device.type == "cpu"
+
+
 def _dropout(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
@@ -57,6 +72,8 @@ Op = tuple[str, dict[str, Any]]  # a name of fastadapt.ops, and the facts by whi
 class FusedSublayer:
     """What all fused sublayers share."""
 
+    active: Active | Routed | None = None
+
     def refusal(self) -> str | None:
         """Why the original forward runs (or, with an adapter, the original product); None where the fused one does."""
         raise NotImplementedError
@@ -64,6 +81,23 @@ class FusedSublayer:
     def ops(self, length: int) -> list[Op]:
         """What runs on sequences of ``length``; ``("torch", {"function": ...})`` for what has no op."""
         raise NotImplementedError
+
+    def _product(self, *linears: str) -> Op:
+        """The op of these children as one product."""
+        facts = {"features": self._modules[linears[0]].in_features}
+        rank = 0 if self.active is None else self.active.rank(linears)
+        peers = [m for name in linears if isinstance(m := self._modules[name], PeerLoRA)]
+        rank += sum(term.a.shape[0] for m in peers for term in m.terms(0))
+        return ("lora", {**facts, "rank": rank}) if rank else ("linear", facts)
+
+    def _check_children(self) -> None:
+        """Raise where the original forward, which calls the linears, would leave out what is active in them."""
+        reason = lost(self._modules, self.active)
+        if reason is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {reason} since an adaptation was activated there, which can't run in it; "
+                "accepted is the layer as it was, or another active adaptation"
+            )
 
 
 class FusedSelfAttention(FusedSublayer):
@@ -101,29 +135,80 @@ class FusedSelfAttention(FusedSublayer):
     def ops(self, length: int) -> list[Op]:
         if self.refusal() is not None:
             return []
-        product: Op = ("linear", {"features": self.query.in_features})
-        if self.query.weight.device.type != "cpu":
+        product = self._product("query", "key", "value")
+        if not attention_runs_here(self.query.weight.device):
             return [product, ("torch", {"function": "scaled_dot_product_attention"})]
-        return [product, ("attention", {"head_dim": self.attention_head_size, "length": length})]
+        prefix = self._prefix()
+        keys = length + (0 if prefix is None else prefix.length)
+        return [product, ("attention", {"head_dim": self.attention_head_size, "length": keys})]
+
+    def _prefix(self) -> Prefix | None:
+        return None if self.active is None else self.active.prefix
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         # Head masks, caches, encoder states, requested probabilities: whatever is set and not known to be passive.
         asked = any(a is not None and a is not False for a in args) or any(
             v is not None and v is not False and k not in self._passive for k, v in kwargs.items()
         )
-        if asked or self.refusal() is not None:
+        refusal, prefix = self.refusal(), self._prefix()  # in this order: asking may settle what is active
+        if asked or refusal is not None:
+            self._check_children()
+            if prefix is not None:
+                return self._composed(prefix, hidden_states, attention_mask, *args, **kwargs)
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         q, k, v = self.query, self.key, self.value
-        qkv = ops.linear(hidden_states, [q.weight, k.weight, v.weight], [q.bias, k.bias, v.bias])
+        qkv = project(hidden_states, {"query": q, "key": k, "value": v}, self.active)
         p, scale, heads = _dropout(self.dropout), self.scaling, self.num_attention_heads
-        if qkv.device.type == "cpu":
-            return ops.attention(qkv, heads, mask=attention_mask, scale=scale, dropout_p=p), None
+        if attention_runs_here(qkv.device):
+            before = None if prefix is None else prefix(qkv.shape[0])
+            return ops.attention(qkv, heads, prefix=before, mask=attention_mask, scale=scale, dropout_p=p), None
         batch, length, _ = qkv.shape
         q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        if prefix is not None:
+            k, v, attention_mask = self._behind(prefix, k, v, attention_mask)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=p, scale=scale)
         return out.transpose(1, 2).reshape(batch, length, -1), None
+
+    @staticmethod
+    def _behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values [B, heads, P + S, d] and mask behind those of the prefix, to which every query may attend."""
+        batch, heads, _, size = k.shape
+        before = prefix(batch).to(k.dtype).unflatten(-1, (heads, size)).transpose(-3, -2)  # [..., 2, heads, P, d]
+        before_k, before_v = before.expand(batch, *before.shape[-4:]).unbind(1)
+        if mask is not None:
+            free = True if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (prefix.length, 0), value=free)
+        return torch.cat([before_k, k], dim=2), torch.cat([before_v, v], dim=2), mask
+
+    def _composed(
+        self, prefix: Prefix, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Attention with a prefix where the fused one cannot run; the original forward knows of no prefix."""
+        bound = inspect.signature(super().forward).bind(hidden_states, attention_mask, *args, **kwargs).arguments
+        given = {**bound, **bound.get("kwargs", {})}
+        known = {*self._passive, "hidden_states", "attention_mask", "kwargs", "output_attentions", "head_mask"}
+        unknown = [key for key, value in given.items() if key not in known and value is not None and value is not False]
+        implementation = "eager" if self.config is None else self.config._attn_implementation
+        if unknown or self.position_embedding_type != "absolute" or self.is_decoder or self.is_causal:
+            reason = ", ".join(unknown) or "relative positions or causal attention"
+            raise RuntimeError(f"{type(self).__name__}: a prefix is active, which can't run with {reason}")
+        if implementation not in ("sdpa", "eager"):
+            raise RuntimeError(f"{type(self).__name__}: a prefix is active, which can't run with {implementation}")
+        heads = self.num_attention_heads
+        q, k, v = (
+            m(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value)
+        )
+        k, v, mask = self._behind(prefix, k, v, attention_mask)
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
+        if mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        probabilities = self.dropout(scores.softmax(-1))
+        if given.get("head_mask") is not None:
+            probabilities = probabilities * given["head_mask"]
+        return (probabilities @ v).transpose(1, 2).flatten(2), probabilities
 
 
 class FusedIntermediate(FusedSublayer):
@@ -138,49 +223,66 @@ class FusedIntermediate(FusedSublayer):
         return None
 
     def ops(self, length: int) -> list[Op]:
-        return [] if self.refusal() is not None else [("linear", {"features": self.dense.in_features})]
+        return [] if self.refusal() is not None else [self._product("dense")]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.refusal() is not None:
+            self._check_children()
             return super().forward(hidden_states)
-        dense, activation = self.dense, activation_name(self.intermediate_act_fn)
-        return ops.linear(hidden_states, dense.weight, dense.bias, activation=activation)
+        activation = activation_name(self.intermediate_act_fn)
+        return project(hidden_states, {"dense": self.dense}, self.active, activation=activation)
 
 
 class FusedOutput(FusedSublayer):
     """Dense, dropout, the active adapter, residual and LayerNorm, as they close both halves of a layer."""
 
-    active_site: Site | None = None
-
     def refusal(self) -> str | None:
         return self._dense_refusal() or replaced(self.LayerNorm, nn.LayerNorm)
 
     def ops(self, length: int) -> list[Op]:
-        site, hidden = self.active_site, self.dense.out_features
+        hidden = self.dense.out_features
+        if isinstance(self.active, Routed):
+            product = [] if self._dense_refusal() else [self._product("dense")]
+            return [*product, ("bottleneck_rows", {"hidden": hidden, "bottleneck": self.active.bottleneck()})]
+        site = self._site()
         if site is None and self.refusal() is not None:
             return []
-        product: list[Op] = [] if self._dense_refusal() else [("linear", {"features": self.dense.in_features})]
-        if site is None or site.down is None:
-            return [*product, ("add_norm", {"hidden": hidden})]
-        return [*product, ("bottleneck", {"hidden": hidden, "bottleneck": site.down.out_features})]
+        product = [] if self._dense_refusal() else [self._product("dense")]
+        return [*product, *([("add_norm", {"hidden": hidden})] if site is None else site.ops(hidden))]
+
+    def _site(self) -> Site | Fusion | None:
+        site = None if self.active is None else self.active.site
+        return None if site is None or site.asleep() else site
 
     def _dense_refusal(self) -> str | None:
         dense, dropout = self._modules["dense"], self._modules["dropout"]
         return replaced(dense, nn.Linear) or replaced(dropout, nn.Dropout) or _trains(dense)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        site = self.active_site
-        if site is None and self.refusal() is not None:
+        routed = isinstance(self.active, Routed)
+        site = None if routed else self._site()
+        own_bias = None if routed or self.active is None else self.active.norm_bias
+        if not routed and site is None and own_bias is None and self.refusal() is not None:
+            self._check_children()
             return super().forward(hidden_states, input_tensor)
         if self._dense_refusal() is None:
-            dense = self.dense
-            f = ops.linear(hidden_states, dense.weight, dense.bias, dropout_p=_dropout(self.dropout))
+            f = project(hidden_states, {"dense": self.dense}, self.active, dropout_p=_dropout(self.dropout))
         else:
+            self._check_children()
             f = self.dropout(self.dense(hidden_states))
-        norm = self.LayerNorm if site is None or site.LayerNorm is None else site.LayerNorm
-        if site is not None and site.down is not None:
-            return site(f, input_tensor, norm)
-        return ops.add_norm(f, input_tensor, norm.weight, norm.bias, eps=norm.eps)
+        if routed:
+            return self.active.close(f, input_tensor, self.LayerNorm)
+        if site is not None and site.rows() is not None:  # some rows go without their adapter in this forward
+            table = Table([0] * f.shape[0], f.device, ())
+            return Routed(table, [self.active]).close(f, input_tensor, self.LayerNorm)
+        return self._close(site, f, input_tensor, own_bias)
+
+    def _close(self, site: Site | Fusion | None, f: Tensor, x: Tensor, own_bias: Tensor | None) -> Tensor:
+        """Adapter, residual and LayerNorm."""
+        norm = self.LayerNorm
+        if site is not None:
+            return site(f, x, norm if site.LayerNorm is None else site.LayerNorm)
+        return ops.add_norm(f, x, norm.weight, norm.bias if own_bias is None else own_bias, eps=norm.eps)
 
 
 class FusedEmbeddings(FusedSublayer):
@@ -210,17 +312,29 @@ class FusedEmbeddings(FusedSublayer):
 class FusedNorm(FusedSublayer, nn.LayerNorm):
     """A LayerNorm that stands alone (the embeddings'), with the active adaptation's weights where it owns some."""
 
-    active_site: Site | None = None
-
     def refusal(self) -> str | None:
+        if self.active is None and self.weight.requires_grad and torch.is_grad_enabled():
+            return "its weight requires a gradient"
         return None
 
     def ops(self, length: int) -> list[Op]:
+        if self.refusal() is not None:
+            return []
+        if self.weight.device.type == "cpu":
+            return [("add_norm", {"hidden": self.normalized_shape[0]})]
         return [("torch", {"function": "layer_norm"})]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        norm = self if self.active_site is None else self.active_site.LayerNorm
-        return F.layer_norm(hidden_states, self.normalized_shape, norm.weight, norm.bias, self.eps)
+        if self.refusal() is not None:
+            return super().forward(hidden_states)
+        if isinstance(self.active, Routed):
+            return self.active.norm(hidden_states, self)
+        weight, bias = self.weight, self.bias
+        if self.active is not None and self.active.site is not None and not self.active.site.asleep():
+            weight, bias = self.active.site.LayerNorm.weight, self.active.site.LayerNorm.bias
+        elif self.active is not None and self.active.norm_bias is not None:
+            bias = self.active.norm_bias
+        return norm_alone(hidden_states, weight, bias, self.eps)
 
 
 class FusedDropout(FusedSublayer, nn.Dropout):

@@ -1,4 +1,4 @@
-"""The methods as frozen dataclasses; a field has the literature's name, and a bad value is refused at once."""
+"""Bottleneck adapters and their presets."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastadapt.config.checks import choice, is_number, layer_numbers, positive
+from fastadapt.config.drop import AdapterDrop
 from fastadapt.ops.activations import canonical
 
 PLACEMENTS: tuple[str, ...] = ("attention_output", "output")
 INITS: tuple[str, ...] = ("houlsby", "bert", "mam_adapter", "lora")
 LAYER_NORMS: tuple[str, ...] = ("none", "encoder", "all")
 SCALES: tuple[str, ...] = ("learned", "channel")
-
-
-def _choice(field: str, value: Any, accepted: tuple[Any, ...]) -> None:
-    # By type as well, because 1 == True.
-    if not any(type(value) is type(a) and value == a for a in accepted):
-        raise ValueError(f"{field}: got {value!r}; accepted are {', '.join(map(repr, accepted))}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,8 @@ class BottleneckConfig:
             LN(f + x) (False).
         adapter_residual_before_ln: under ``ln_after``, whether the adapter's own skip goes under the new LayerNorm.
 
+        drop: layers in which the adapter does not run (:class:`AdapterDrop`).
+
     Raises:
         ValueError, TypeError: naming the field, what was given and what is accepted.
     """
@@ -72,28 +66,31 @@ class BottleneckConfig:
     original_ln_after: bool = True
     residual_before_ln: bool | Literal["post_add"] = True
     adapter_residual_before_ln: bool = False
+    drop: AdapterDrop | None = None
 
     def __post_init__(self) -> None:
         self._check_width()
         canonical(self.activation)
         self._check_placements()
         if isinstance(self.scale, str):
-            _choice("scale", self.scale, SCALES)
-        elif not _is_number(self.scale):
+            choice("scale", self.scale, SCALES)
+        elif not is_number(self.scale):
             raise TypeError(f"scale: got {self.scale!r}; accepted are a number, 'learned' and 'channel'")
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout: got {self.dropout!r}; accepted is a probability from 0 to 1")
-        _choice("init", self.init, INITS)
-        self._check_leave_out()
+        choice("init", self.init, INITS)
+        object.__setattr__(self, "leave_out", layer_numbers("leave_out", self.leave_out))
         for field in ("parallel", "gate", "ln_before", "ln_after", "original_ln_before", "original_ln_after",
                       "adapter_residual_before_ln"):  # fmt: skip
-            _choice(field, getattr(self, field), (True, False))
-        _choice("residual_before_ln", self.residual_before_ln, (True, False, "post_add"))
+            choice(field, getattr(self, field), (True, False))
+        choice("residual_before_ln", self.residual_before_ln, (True, False, "post_add"))
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError("residual_before_ln: 'post_add' is accepted only with original_ln_before=True")
         if self.parallel and self.original_ln_before:
             raise ValueError("original_ln_before: True is accepted only with parallel=False")
-        _choice("train_layer_norm", self.train_layer_norm, LAYER_NORMS)
+        choice("train_layer_norm", self.train_layer_norm, LAYER_NORMS)
+        if self.drop is not None and not isinstance(self.drop, AdapterDrop):
+            raise TypeError(f"drop: got {self.drop!r}; accepted are None and an AdapterDrop")
 
     def _check_width(self) -> None:
         if self.bottleneck is not None and self.reduction_factor is not None:
@@ -101,17 +98,14 @@ class BottleneckConfig:
         if self.bottleneck is None and self.reduction_factor is None:
             raise ValueError("bottleneck: got None and no reduction_factor; accepted is one of them")
         if self.bottleneck is not None:
-            if isinstance(self.bottleneck, bool) or not isinstance(self.bottleneck, int):
-                raise TypeError(f"bottleneck: got {self.bottleneck!r}; accepted is an int of at least 1")
-            if self.bottleneck < 1:
-                raise ValueError(f"bottleneck: got {self.bottleneck}; accepted is an int of at least 1")
+            positive("bottleneck", self.bottleneck)
             return
         if isinstance(self.reduction_factor, Mapping):
             object.__setattr__(self, "reduction_factor", {str(k): v for k, v in self.reduction_factor.items()})
             values = list(self.reduction_factor.values())
         else:
             values = [self.reduction_factor]
-        if not values or not all(_is_number(v) and v > 0 for v in values):
+        if not values or not all(is_number(v) and v > 0 for v in values):
             raise ValueError(
                 f"reduction_factor: got {self.reduction_factor!r}; accepted are a number above 0, or a mapping from "
                 "layers and 'default' to such numbers"
@@ -124,15 +118,6 @@ class BottleneckConfig:
             accepted = ", ".join(PLACEMENTS)
             raise ValueError(f"placements: got {self.placements!r}; accepted are one or both of {accepted}")
         object.__setattr__(self, "placements", placements)
-
-    def _check_leave_out(self) -> None:
-        try:
-            layers = tuple(self.leave_out)
-        except TypeError:
-            raise TypeError(f"leave_out: got {self.leave_out!r}; accepted is a list of layer numbers") from None
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers):
-            raise ValueError(f"leave_out: got {self.leave_out!r}; accepted are layer numbers counted from 0")
-        object.__setattr__(self, "leave_out", tuple(sorted(set(layers))))
 
     def width(self, layer: int, hidden: int) -> int:
         """b in this layer of a model of this hidden size."""
