@@ -6,15 +6,21 @@ Each checks everything first and changes the model after, so that one that raise
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt import dispatch
+from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
+from fastadapt.modules import folded
+from fastadapt.modules.active import Active, Part
 from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
+from fastadapt.modules.step import set_hooks
 
 if TYPE_CHECKING:  # these import transformers, which importing fastadapt does not
     from fastadapt.models.wiring import Wiring
@@ -25,15 +31,36 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model) -> Model:
     """Put the fused sublayers into a model; nothing else changes. ``restore`` takes them out.
 
+    Plain LoRAs of a model from ``peft.get_peft_model`` run in them, over PEFT's own parameters: which of its adapters
+    are active, disabled or merged is read at every forward. What else PEFT puts into a sublayer, or put there after
+    this call, runs on as it was, and ``explain`` says why.
+
     Args:
-        model: a Hugging Face model of a wired architecture, bare or with any head.
+        model: a Hugging Face model of a wired architecture, bare or with any head, also inside a ``PeftModel``. One
+            from AdapterHub's ``adapters.init`` goes on being driven by that library: one active bottleneck adapter,
+            prefix or Fuse runs fused, anything else as it was, and ``explain`` says why.
 
     Raises:
         TypeError, ValueError: for what is no such model, listing the wired architectures.
     """
+    from fastadapt.interop import live_adapterhub
+
     wiring = wiring_of(model)
-    wiring.fuse(wiring.base_of(model))
+    base = wiring.base_of(model)
+    live_adapterhub.prepare(wiring, base)
+    wiring.fuse(base)
+    if peft_layers := _peft_layers():
+        peft_layers.fuse(base)
     return model
+
+
+def _peft_layers() -> ModuleType | None:
+    """What knows PEFT's layers, where PEFT is loaded: else no model has any."""
+    if "peft.tuners.lora.layer" not in sys.modules:
+        return None
+    from fastadapt.models import peft
+
+    return peft
 
 
 def restore(model: Model) -> Model:
@@ -53,6 +80,8 @@ def restore(model: Model) -> Model:
 def _restored(model: Model, wiring: Wiring) -> Model:
     dispatch.forget(list(model.parameters()))
     wiring.restore(model)
+    if peft_layers := _peft_layers():
+        peft_layers.restore(model)
     return model
 
 
@@ -61,7 +90,8 @@ def adapt(model: Model, config: Any, name: str = "default", head: int | nn.Modul
 
     Args:
         model: a Hugging Face model of a wired architecture, bare or with any head.
-        config: ``HoulsbyConfig``, ``PfeifferConfig``, ``ParallelConfig`` or another ``BottleneckConfig``.
+        config: ``HoulsbyConfig``, ``PfeifferConfig``, ``ParallelConfig`` or another ``BottleneckConfig``, or
+            ``LoRAConfig``.
         name: of the adaptation; not in use yet, without dots (it is a part of parameters' names).
         head: None gives the adaptation a copy of the model's own head, an int a new one of that many labels, a
             module is used as it is.
@@ -84,7 +114,7 @@ def install(
 ) -> None:
     """:func:`adapt` for adaptations made or read; ``prepare`` sees the new one before the model does."""
     from fastadapt.models.head import make_head
-    from fastadapt.models.methods import sites_for
+    from fastadapt.models.methods import parts_for
 
     wiring = wiring_of(model)
     base = wiring.base_of(model)
@@ -99,13 +129,18 @@ def install(
             f"model: no fused class for {', '.join(missing)}; accepted are the classes of {wiring.base.__name__}"
         )
     check_owner(model, wiring)
-    sites = sites_for(config, wiring, base)
+    check_unmerged(model)
+    check_unrouted(model)
+    held = container_of(model)
+    parts = parts_for(config, wiring, base, {} if held is None else {n: held[n] for n in held})
     own_head, num_labels = make_head(model, wiring, head)
+    if not parts and own_head is None:
+        raise ValueError(f"config: got a {type(config).__name__}, but {type(model).__name__} has no head to train")
     # A head of another width has to find its own problem type; the model does that at the first labels.
     base_labels, base_problem_type = own_labels(model)
     adaptation = Adaptation(
         config,
-        sites,
+        parts,
         own_head,
         trainable=trainable,
         num_labels=num_labels,
@@ -114,6 +149,7 @@ def install(
     if prepare is not None:
         prepare(adaptation)
     adaptation.train(model.training)
+    adaptation.requires_grad_(trainable)
 
     container = container_of(model)
     if container is None:
@@ -127,14 +163,15 @@ def install(
     wiring.fuse(base)
     wiring.open_slots(model)
     container.add(name, adaptation)
-    _engage(model, wiring, name, ())
+    engage_names(model, wiring, (name,), ())
 
 
-def activate(model: Model, name: str | None, skip_layers: Iterable[int] = ()) -> Model:
+def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterable[int] = ()) -> Model:
     """Choose which adaptation runs and, if it was added for training, which trains.
 
     Args:
-        name: of an adaptation of this model; None is the bare base with its own head.
+        name: of an adaptation of this model; None is the bare base with its own head. A list of LoRAs runs their sum,
+            with the head of the first.
         skip_layers: layers, counted from 0, in which the bare base runs (with its own LayerNorms).
 
     Raises:
@@ -142,13 +179,8 @@ def activate(model: Model, name: str | None, skip_layers: Iterable[int] = ()) ->
     """
     wiring = wiring_of(model)
     container = container_of(model)
-    if isinstance(name, (list, tuple, set)):
-        raise TypeError(
-            f"name: got {name!r}; accepted is one name or None: bottleneck adaptations have no sum, mixing them takes "
-            "a FusionConfig"
-        )
-    if name is not None:
-        check_known_name(model, name)
+    names = names_of(model, name)
+    check_unrouted(model)
     count = len(wiring.layers_of(wiring.base_of(model)))
     try:
         skipped = tuple(sorted(set(skip_layers)))
@@ -157,40 +189,97 @@ def activate(model: Model, name: str | None, skip_layers: Iterable[int] = ()) ->
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
         raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
     if container is not None:
-        _engage(model, wiring, name, skipped)
+        if container.merged is not None and (names, skipped) == (
+            (container.active, *container.summed),
+            container.skipped,
+        ):
+            return model
+        check_unmerged(model)
+        engage_names(model, wiring, names, skipped)
     return model
 
 
-def _engage(model: nn.Module, wiring: Wiring, name: str | None, skipped: tuple[int, ...]) -> None:
-    """Point every sublayer and slot at what runs there. Nothing here can fail."""
+def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
+    """What to activate, checked: no name, one, or several LoRAs that have a sum."""
+    if name is None:
+        return ()
+    if isinstance(name, (set, frozenset)):
+        raise TypeError(f"name: got {name!r}; accepted is a list, whose first one's head runs")
+    several = isinstance(name, (list, tuple))
+    names = tuple(name) if several else (name,)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"name: got {name!r}; accepted are names of different adaptations")
+    for each in names:
+        check_known_name(model, each)
+    if not several:
+        return names
+    configs = {each: container_of(model)[each].config for each in names}
+    for each, config in configs.items():
+        if not isinstance(config, LoRAConfig):
+            raise TypeError(
+                f"name: got {name!r}, but {each!r} is a {type(config).__name__}'s, which has no sum with others; "
+                "accepted are LoRAs, and mixing others takes a FusionConfig"
+            )
+        if config.dora and len(names) > 1:
+            raise ValueError(f"name: got {name!r}, but {each!r} is a DoRA, which has no sum with others")
+    biased = [each for each, config in configs.items() if config.bias != "none"]
+    if len(biased) > 1:
+        raise ValueError(f"name: got {name!r}, of which {', '.join(biased)} own biases; accepted is one that does")
+    return names
+
+
+def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipped: tuple[int, ...]) -> None:
+    """Point every sublayer and slot at what runs there, the head of the first name's. Nothing here can fail."""
     from fastadapt.models.head import parts_of
+    from fastadapt.models.methods.fusion import borrowed_sites
+    from fastadapt.modules.linear import engage
 
     container = container_of(model)
     base = wiring.base_of(model)
-    _remember_problem_type(model, container)
-    adaptation = None if name is None else container[name]
-    sites = {} if adaptation is None else adaptation.sites()
+    remember_problem_type(model, container)
+    chosen = [container[name] for name in names]
+    adaptation = chosen[0] if chosen else None
     prefixes = tuple(f"{wiring.layers}.{i}." for i in skipped)
-    running = {path: site for path, site in sites.items() if not path.startswith(prefixes or ("\0",))}
+    actives: dict[str, Active] = {}
+    running: list[Part] = []
+    for each in chosen:
+        for path, part in each.parts().items():
+            if not path.startswith(prefixes or ("\0",)):
+                sublayer, child = wiring.owner(path)
+                part.join(actives.setdefault(sublayer, Active()), child)
+                running.append(part)
     for path, module in wiring.sublayers(base):
-        key = path.removesuffix(".LayerNorm") if path.startswith(wiring.embeddings) else path
-        if hasattr(type(module), "active_site"):
-            module.__dict__["active_site"] = running.get(key)
+        if hasattr(type(module), "active"):
+            module.__dict__["active"] = actives.get(path)
         if hasattr(type(module), "first_layer"):
             module.__dict__["first_layer"] = wiring.layers_of(base)[0]
             module.__dict__["adapted"] = adaptation is not None
+    for sublayer, child, module in wiring.linears(base):
+        engage(module, actives.get(sublayer), child)
+    set_hooks(model, base, running)
     slots = wiring.slots_of(model)
     own_head = None if adaptation is None else adaptation.own_head()
     for slot, part in parts_of(own_head, slots).items():
         slots[slot].__dict__["active_head"] = part
 
-    for other in container:
-        container[other].requires_grad_(False)
-    if adaptation is not None and adaptation.trainable:
-        adaptation.requires_grad_(True)
-        for path, site in sites.items():
-            site.requires_grad_(path in running)
-    container.active, container.skipped = name, skipped
+    for before in [container[n] for n in (container.active, *container.summed) if n in container]:
+        if before.trainable:  # all others require nothing already, and walking through them costs more than the rest
+            before.requires_grad_(False)
+            for part in before.parts().values():
+                for site in borrowed_sites(part):
+                    site.requires_grad_(False)
+    for each in chosen:
+        if each.trainable:
+            each.requires_grad_(True)
+            for path, part in each.parts().items():
+                runs = not path.startswith(prefixes or ("\0",))
+                if not runs:
+                    part.requires_grad_(False)
+                for site in borrowed_sites(part):
+                    site.requires_grad_(runs and each.config.train_adapters)
+            if each is not adaptation and each.own_head() is not None:
+                each.own_head().requires_grad_(False)
+    container.active, container.summed, container.skipped = next(iter(names), None), names[1:], skipped
     if "num_labels" in model.__dict__:
         own = container.base_num_labels if adaptation is None else adaptation.num_labels
         model.num_labels = container.base_num_labels if own is None else own
@@ -198,13 +287,53 @@ def _engage(model: nn.Module, wiring: Wiring, name: str | None, skipped: tuple[i
         model.config.problem_type = container.base_problem_type if adaptation is None else adaptation.problem_type
 
 
-def _remember_problem_type(model: nn.Module, container: Adaptations) -> None:
-    # A model finds its problem type in the first labels it sees, and keeps it; each head has its own.
+def remember_problem_type(model: nn.Module, container: Adaptations) -> None:
+    """Keep what the model found out: it takes its problem type from the first labels it sees; each head has its own."""
     problem_type = getattr(model.config, "problem_type", None)
     if container.active is None:
         container.base_problem_type = problem_type
     elif container.active in container:
         container[container.active].problem_type = problem_type
+
+
+def eject(model: Model, name: str | None = None) -> Model:
+    """Fold the reparametrisation of an adaptation's prefixes: they are kept themselves, as after ``flat=True``.
+
+    What is computed stays the same; a prefix of 30 positions on BERT-base shrinks from 9,872,384 parameters to 552,960.
+
+    Args:
+        name: of an adaptation with prefixes; None is the active one.
+
+    Raises:
+        ValueError: for an unknown name, or an adaptation without prefixes; the model is unchanged.
+    """
+    from fastadapt.models.methods.prefix import eject_prefixes
+
+    container = container_of(model)
+    if name is None and container is not None:
+        name = container.active
+    check_known_name(model, name)
+    eject_prefixes(container[name])
+    return model
+
+
+def keep_neurons(model: Model, name: str, masks: Tensor | Mapping[str, Tensor]) -> Model:
+    """Fix which neurons of a masked adaptation run (``MaskedAdapterConfig``); saved with it.
+
+    Args:
+        name: of the adaptation.
+        masks: bool [b], True for a neuron that runs, for all sites; or a mapping from some sites' paths in the base
+            model to such masks.
+
+    Raises:
+        ValueError: for an unknown name or path, an adaptation without masks, or a mask of another dtype or width; the
+            model is unchanged.
+    """
+    from fastadapt.models.methods import bottleneck
+
+    check_known_name(model, name)
+    bottleneck.keep_neurons(container_of(model)[name], masks)
+    return model
 
 
 def adaptations(model: nn.Module) -> list[str]:
@@ -217,12 +346,21 @@ def remove(model: Model, name: str) -> Model:
     """Drop one adaptation; where it is the active one, the bare base runs. The base stays frozen until ``unload``.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: for an unknown name, listing the known ones, and for an adapter that a fusion mixes.
     """
+    from fastadapt.models.methods.fusion import users_of
+
     check_known_name(model, name)
+    check_unrouted(model)
     wiring, container = wiring_of(model), container_of(model)
-    if container.active == name:
-        _engage(model, wiring, None, ())
+    users = users_of(name, {n: container[n] for n in container})
+    if users:
+        raise ValueError(
+            f"name: got {name!r}, which {', '.join(map(repr, users))} mixes; accepted is to remove that first"
+        )
+    if name in (container.active, *container.summed):
+        check_unmerged(model)
+        engage_names(model, wiring, (), ())
     container.drop(name)
     return model
 
@@ -230,16 +368,25 @@ def remove(model: Model, name: str) -> Model:
 def unload(model: Model, merge: bool = False) -> Model:
     """Give back a plain model: original classes, no adaptation, every ``requires_grad`` as before the first.
 
+    Args:
+        merge: leave the active LoRA in the base, for good: in the weights, the biases, and the values of the head.
+            Without it a merged LoRA is taken out, and the base is what it was.
+
     Raises:
-        ValueError: with ``merge=True`` while an adaptation with a nonlinearity is active: it is no change of a weight.
+        TypeError, ValueError: as :func:`fastadapt.merge`, with ``merge=True``, also for a head that the model's own
+            cannot hold; the model is then unchanged.
     """
     wiring, container = wiring_of(model), container_of(model)
-    if merge and container is not None and container.active is not None:
-        kind = type(container[container.active].config).__name__
-        raise ValueError(f"merge: got True, but a {kind} merges into no weight; accepted is False")
     check_owner(model, wiring)
+    check_unrouted(model)
+    if merge and container is not None and container.active is not None:
+        from fastadapt.merging import merge_for_good
+
+        merge_for_good(model, wiring)
+    elif container is not None and container.merged is not None:
+        container.merged.undo()
     if container is not None:
-        _engage(model, wiring, None, ())
+        engage_names(model, wiring, (), ())
         for key, parameter in base_parameters(model):
             if key in container.base_requires_grad:
                 parameter.requires_grad_(container.base_requires_grad[key])
@@ -248,20 +395,20 @@ def unload(model: Model, merge: bool = False) -> Model:
 
 
 def save(model: Model, path: str | os.PathLike[str], name: str | None = None, format: str | None = None) -> Model:
-    """Write one adaptation into a folder: in AdapterHub's format, safetensors, whole or not at all.
+    """Write one adaptation into a folder: LoRA in PEFT's format, others in AdapterHub's; safetensors; all or nothing.
 
-    What that format cannot hold (Houlsby's LayerNorms) goes to ``fastadapt.json`` and ``fastadapt.safetensors`` in the
-    same folder, and a warning says that AdapterHub would compute something else.
+    What those formats cannot hold (Houlsby's LayerNorms) goes to ``fastadapt.json`` and ``fastadapt.safetensors`` in
+    the same folder, and a warning says that AdapterHub would compute something else.
 
     Args:
         path: of the folder; made where it does not exist.
         name: of the adaptation; None is the active one.
-        format: ``"adapterhub"``, or None for the one that fits.
+        format: ``"peft"``, ``"adapterhub"``, or None for the one that fits.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing is written.
     """
-    from fastadapt.interop import adapterhub
+    from fastadapt.interop import adapterhub, peft
     from fastadapt.interop.formats import FORMATS
 
     wiring = wiring_of(model)
@@ -276,7 +423,11 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}, which is a file; accepted is a folder")
-    adapterhub.save(model, wiring, container[name], folder, name)
+    adaptation = container[name]
+    if format == "peft" or (format is None and isinstance(adaptation.config, LoRAConfig)):
+        peft.save(model, wiring, adaptation, folder, name)
+    else:
+        adapterhub.save(model, wiring, adaptation, folder, name, format)
     return model
 
 
@@ -284,8 +435,9 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
     """Read an adaptation from a folder, of a format told by its content, and activate it; the base is frozen.
 
     Args:
-        path: of a folder that this library's ``save`` or AdapterHub's ``save_adapter`` wrote.
-        name: for the adaptation here; None is the one in the file.
+        path: of a folder that this library's ``save``, AdapterHub's ``save_adapter`` or PEFT's ``save_pretrained``
+            wrote.
+        name: for the adaptation here; None is the one in the file, and "default" where PEFT wrote none.
         trainable: whether it trains while it is active.
 
     Raises:
@@ -297,7 +449,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
     wiring = wiring_of(model)
     if name is not None:
         check_new_name(model, name)
-    folder = open_folder(path)
+    folder = open_folder(path, name)
     folder.check(model)
     head = folder.read_head(model, wiring)
     install(
@@ -316,6 +468,7 @@ def refresh(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is an nn.Module")
     dispatch.forget(list(model.parameters()))
+    folded.refresh()
     return model
 
 
@@ -333,6 +486,23 @@ def check_owner(model: nn.Module, wiring: Wiring) -> None:
             f"model: the sublayers of this {type(model).__name__} belong to an adapted model around or inside it; "
             "accepted is that model, or this one after unload of that"
         )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse what would run beside weights that a LoRA is merged into."""
+    container = container_of(model)
+    if container is not None and container.merged is not None:
+        names = " + ".join(map(repr, (container.active, *container.summed)))
+        raise ValueError(
+            f"model: {names} is merged into its weights; accepted is one after unmerge, and swap merges another LoRA"
+        )
+
+
+def check_unrouted(model: nn.Module) -> None:
+    """Refuse what would change what runs while a batch is routed."""
+    container = container_of(model)
+    if container is not None and container.route is not None:
+        raise ValueError("model: is inside fa.route; accepted is one outside of it")
 
 
 def check_new_name(model: nn.Module, name: Any) -> None:

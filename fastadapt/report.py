@@ -11,7 +11,8 @@ from torch import nn
 from fastadapt import dispatch
 from fastadapt.adapt import base_parameters
 from fastadapt.models import wiring_of
-from fastadapt.modules.state import container_of
+from fastadapt.modules.bottleneck import Site
+from fastadapt.modules.state import Adaptation, container_of
 from fastadapt.modules.sublayers import FusedSublayer
 
 
@@ -79,7 +80,11 @@ def explain(model: nn.Module, length: int = 128) -> Explanation:
                 continue
             backend, refused = dispatch.choice(f"{op}_forward", device, dtype, **facts)
             rows.append(Served(path, op, backend, refused))
-    active = None if container is None else container.active
+    active = None
+    if container is not None and container.route is not None:
+        active = f"{', '.join(map(repr, container.route.names))} by row"
+    elif container is not None and container.active is not None:
+        active = " + ".join((container.active, *container.summed)) + (" (merged)" if container.merged else "")
     return Explanation(device, str(dtype).removeprefix("torch."), active, tuple(rows))
 
 
@@ -90,16 +95,18 @@ class TaskCount:
     Args:
         adapter, layer_norm, head: of its adapters, its copies of pretrained LayerNorms, and its head.
         share: of adapter and layer_norm together in the base's parameters.
+        training_only: of what has no use at inference (the heads that predict masks).
     """
 
     adapter: int
     layer_norm: int
     head: int
     share: float
+    training_only: int = 0
 
     @property
     def total(self) -> int:
-        return self.adapter + self.layer_norm + self.head
+        return self.adapter + self.layer_norm + self.head + self.training_only
 
 
 @dataclass(frozen=True)
@@ -142,15 +149,19 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     tasks = {}
     container = container_of(model)
     for name in container if container is not None else ():
-        adapter = layer_norm = head = 0
+        adapter = layer_norm = head = training_only = 0
+        norms = _copied_norms(container[name])
+        apart = {id(p) for part in container[name].parts().values() for p in part.training_only()}
         for key, p in container[name].named_parameters():
             if key.startswith("head."):
                 head += p.numel()
-            elif ".LayerNorm." in key:
+            elif id(p) in apart:
+                training_only += p.numel()
+            elif id(p) in norms:
                 layer_norm += p.numel()
             else:
                 adapter += p.numel()
-        tasks[name] = TaskCount(adapter, layer_norm, head, (adapter + layer_norm) / max(base, 1))
+        tasks[name] = TaskCount(adapter, layer_norm, head, (adapter + layer_norm) / max(base, 1), training_only)
     parameters = list(model.parameters())
     return ParameterReport(
         trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -158,6 +169,12 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         base=base,
         tasks=tasks,
     )
+
+
+def _copied_norms(adaptation: Adaptation) -> set[int]:
+    """Ids of the parameters of an adaptation's copies of pretrained LayerNorms."""
+    sites = [part for part in adaptation.parts().values() if isinstance(part, Site) and part.LayerNorm is not None]
+    return {id(p) for site in sites for p in site.LayerNorm.parameters()}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------

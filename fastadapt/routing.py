@@ -1,0 +1,271 @@
+"""``route``: a batch whose rows have adaptations of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastadapt.adapt import check_known_name, check_owner, check_unmerged, engage_names, remember_problem_type
+from fastadapt.config import FusionConfig, LoRAConfig, MAMConfig, MaskedAdapterConfig, PrefixConfig
+from fastadapt.models import wiring_of
+from fastadapt.modules.active import Active
+from fastadapt.modules.linear import engage
+from fastadapt.modules.routed import BeginRouted, CountChoices, Routed, RoutedHead, Table
+from fastadapt.modules.state import Adaptation, Adaptations, container_of
+from fastadapt.modules.step import Step, set_hooks
+
+if TYPE_CHECKING:
+    from fastadapt.models.wiring import Wiring
+
+
+class Routing:
+    """What :func:`route` put in place; :meth:`assign` gives the rows other names of the same set."""
+
+    def __init__(self, model: nn.Module, wiring: Wiring, container: Adaptations, names: Sequence[str | None]) -> None:
+        self._model, self._wiring, self._container = model, wiring, container
+        self.names = tuple(dict.fromkeys(names))  # by slot
+        steps: dict[int, Step] = {}
+        for adaptation in self._adaptations():
+            steps |= {id(part.step): part.step for part in adaptation.parts().values() if part.step is not None}
+        device = next(wiring.base_of(model).parameters()).device
+        self.table = Table([self.names.index(name) for name in names], device, list(steps.values()))
+        masked = [n for n in self.names if n is not None and isinstance(container[n].config, MaskedAdapterConfig)]
+        if masked:
+            self.table.inference_only = f"{masked[0]!r} is of a MaskedAdapterConfig, which is routed at inference alone"
+        types = {t for name in self.names if (t := _problem_type(container, name)) is not None}
+        self._problem_type = next(iter(types), None)
+
+    def assign(self, names: Sequence[str | None]) -> None:
+        """Give the rows other names, as many as before and of the same set, in place.
+
+        A captured graph or compiled code follows without being made anew where no adapter takes the rows apart
+        (:func:`route`).
+
+        Raises:
+            ValueError: for another number of names, or one that is not in :attr:`names`; nothing is changed.
+        """
+        names = list(names)
+        if len(names) != len(self.table.slots):
+            raise ValueError(f"names: got {len(names)}; accepted are {len(self.table.slots)}, as many as before")
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(f"names: got {unknown[0]!r}; accepted here are {', '.join(map(repr, self.names))}")
+        self.table.assign([self.names.index(name) for name in names])
+
+    def _adaptations(self) -> list[Adaptation]:
+        return [self._container[name] for name in self.names if name is not None]
+
+    def _engage(self) -> None:
+        """Point every sublayer and slot of the model's head at all that runs there. Nothing here can fail."""
+        from fastadapt.models.head import parts_of
+
+        model, wiring, table = self._model, self._wiring, self.table
+        base = wiring.base_of(model)
+        by_path: dict[str, dict[int, Active]] = {}
+        for slot, name in enumerate(self.names):
+            for path, part in {} if name is None else self._container[name].parts().items():
+                sublayer, child = wiring.owner(path)
+                actives = by_path.setdefault(sublayer, {})
+                if slot not in actives:
+                    actives[slot] = Active()
+                part.join(actives[slot], child)
+        nothing = Active()
+        routed = {
+            path: Routed(table, [actives.get(slot, nothing) for slot in range(len(self.names))])
+            for path, actives in by_path.items()
+        }
+        for path, module in wiring.sublayers(base):
+            if hasattr(type(module), "active"):
+                module.__dict__["active"] = routed.get(path)
+            if hasattr(type(module), "first_layer"):
+                module.__dict__["first_layer"] = wiring.layers_of(base)[0]
+                module.__dict__["adapted"] = bool(by_path)
+        for sublayer, child, module in wiring.linears(base):
+            engage(module, routed.get(sublayer), child)
+        slots = wiring.slots_of(model)
+        heads = [None if name is None else self._container[name].own_head() for name in self.names]
+        parts = [parts_of(head, slots) for head in heads]
+        for name, module in slots.items():
+            of_slots = [part[name] for part in parts]
+            module.__dict__["active_head"] = RoutedHead(table, of_slots, module)
+        for adaptation in self._adaptations():
+            if adaptation.trainable:
+                for p in adaptation.own_parameters():
+                    p.requires_grad_(True)
+        set_hooks(model, base, ())
+        self._hooks = [base.register_forward_pre_hook(BeginRouted(table), with_kwargs=True)]
+        if model is not base:
+            self._hooks.append(model.register_forward_pre_hook(CountChoices(table), with_kwargs=True))
+        if "num_labels" in model.__dict__:
+            own = _labels(self._container, self.names[0])
+            model.num_labels = self._container.base_num_labels if own is None else own
+        if hasattr(model.config, "problem_type"):
+            model.config.problem_type = self._problem_type
+
+    def _disengage(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep the problem type that the model found out in the labels: it is each head's own."""
+        self._problem_type = getattr(self._model.config, "problem_type", None)
+        for name in self.names:
+            owner = None if name is None else self._container[name]
+            if owner is None:
+                self._container.base_problem_type = self._problem_type
+            else:
+                owner.problem_type = self._problem_type
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[Routing]:
+    """Run row i of each batch with adaptation ``names[i]``, in inference and training, while the context lasts.
+
+    Every row has the bottlenecks, LoRAs, biases, LayerNorms and head of its own adaptation; None is the bare base with
+    its own head. All rows share each sublayer's product, and a sublayer is as many ops as with one adaptation: the
+    slots of the rows are read from a table that is made once, here, on the model's device. Adapters of more than one
+    form in a batch (one that reads the sublayer's output with one of a ``PfeifferConfig``), and those with gates or new
+    LayerNorms, take their rows apart instead.
+
+    In training, each named adaptation that was added for training gets the gradients of its rows. ``backward`` belongs
+    inside the context: leaving it gives every parameter its ``requires_grad`` back, and a checkpointed layer is
+    computed again with what is active then.
+
+    Compiled code and captured graphs keep the names of the entry; :meth:`Routing.assign` on what the context yields
+    changes which row has which. A batch of another length, or another set of names, is a new ``route``.
+
+    Contexts nest, and the inner one's names count. Verbs that change the model (``adapt``, ``activate``, ``remove``,
+    ``merge``, ``unload``, ...), copies and pickles are refused inside.
+
+    Args:
+        names: one a row of the batch, of adaptations of this model, or None.
+
+    Raises:
+        TypeError, ValueError: for unknown names, methods that are not routed (prefixes, fusions, DoRA, and masked
+            adapters in training), heads of unequal width or problem type; the model is unchanged. A forward of a batch
+            of another length raises too.
+    """
+    wiring, container = wiring_of(model), container_of(model)
+    names = _checked(model, wiring, container, names)
+    routing = Routing(model, wiring, container, names)
+    before: Routing | None = container.route
+    routed = dict.fromkeys(n for n in (*names, *(before.names if before else ())) if n is not None)
+    active = [n for n in (container.active, *container.summed) if n is not None]
+    involved = [p for name in routed for p in container[name].own_parameters()]
+    involved += [p for name in active if name not in routed for p in _parameters(container[name])]
+    flags = [(p, p.requires_grad) for p in involved]
+    problem_type = getattr(model.config, "problem_type", None)
+    if before is not None:
+        before._disengage()
+    container.route = routing
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        routing._engage()
+        yield routing
+    finally:
+        routing._disengage()
+        container.route = before
+        if before is not None:
+            before._engage()
+        else:
+            if hasattr(model.config, "problem_type"):
+                model.config.problem_type = _settled(container, container.active, problem_type)
+            engage_names(model, wiring, tuple(active), container.skipped)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _settled(container: Adaptations, name: str | None, before: str | None) -> str | None:
+    """The problem type of the active head, which a routed batch may have found out."""
+    found = _problem_type(container, name)
+    return before if found is None else found
+
+
+def _parameters(adaptation: Adaptation) -> list[nn.Parameter]:
+    from fastadapt.models.methods.fusion import borrowed_sites
+
+    borrowed = [p for part in adaptation.parts().values() for site in borrowed_sites(part) for p in site.parameters()]
+    return [*adaptation.parameters(), *borrowed]
+
+
+def _problem_type(container: Adaptations, name: str | None) -> str | None:
+    return container.base_problem_type if name is None else container[name].problem_type
+
+
+def _labels(container: Adaptations, name: str | None) -> int | None:
+    return container.base_num_labels if name is None else container[name].num_labels
+
+
+def _checked(model: nn.Module, wiring: Wiring, container: Adaptations | None, names: Any) -> list[str | None]:
+    """``names`` as a list; raises for what cannot be routed."""
+    if isinstance(names, (str, set, frozenset)) or names is None:
+        raise TypeError(f"names: got {names!r}; accepted is a list with a name, or None, for each row of the batch")
+    try:
+        listed = list(names)
+    except TypeError:
+        raise TypeError(f"names: got {names!r}; accepted is a list with a name, or None, for each row") from None
+    if not listed:
+        raise ValueError("names: got none; accepted is one, or None, for each row of the batch")
+    for name in dict.fromkeys(_hashable(name) for name in listed):
+        if name is not None:
+            check_known_name(model, name)
+    if container is None:
+        raise ValueError("model: holds no adaptations; accepted is one after adapt or load")
+    check_owner(model, wiring)
+    check_unmerged(model)
+    if container.route is None:
+        remember_problem_type(model, container)
+    else:
+        container.route._remember()
+    for name in dict.fromkeys(listed):
+        reason = None if name is None else _refusal(container[name].config, model.training)
+        if reason is not None:
+            raise ValueError(
+                f"names: {name!r} {reason}; accepted are bottleneck adapters, LoRAs, BitFit, own LayerNorms and heads"
+            )
+    _check_heads(model, wiring, container, list(dict.fromkeys(listed)))
+    return listed
+
+
+def _hashable(name: Any) -> Any:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"names: got {name!r}; accepted are strings and None")
+    return name
+
+
+def _refusal(config: Any, training: bool) -> str | None:
+    if isinstance(config, (PrefixConfig, MAMConfig, FusionConfig)):
+        return f"is of a {type(config).__name__}, which is not routed"
+    if isinstance(config, LoRAConfig) and config.dora:
+        return "is a DoRA, which is not routed"
+    if isinstance(config, MaskedAdapterConfig) and training:
+        return "is of a MaskedAdapterConfig, which is routed at inference alone"
+    return None
+
+
+def _check_heads(model: nn.Module, wiring: Wiring, container: Adaptations, names: list[str | None]) -> None:
+    from fastadapt.models.head import last_linear, parts_of
+
+    slots = wiring.slots_of(model)
+    widths: dict[int | None, str | None] = {}
+    for name in names:
+        head = None if name is None else container[name].own_head()
+        for slot, part in parts_of(head, slots).items():
+            last = last_linear(slots[slot] if part is None else part)
+            if last is not None:
+                widths.setdefault((slot, last[1].out_features), name)
+    for slot in slots:
+        of_slot = {width: name for (at, width), name in widths.items() if at == slot}
+        if len(of_slot) > 1:
+            given = ", ".join(f"{name!r} of {width}" for width, name in of_slot.items())
+            raise ValueError(f"names: have heads of unequal width ({given}); accepted are heads of one width")
+    types = {t: name for name in reversed(names) if (t := _problem_type(container, name)) is not None}
+    if len(types) > 1:
+        given = ", ".join(f"{name!r} of {kind}" for kind, name in types.items())
+        raise ValueError(f"names: have heads of unequal problem types ({given}); accepted are heads of one")
