@@ -73,9 +73,25 @@ CASES: dict[str, tuple[str, object]] = {
     ),
     "roberta": ("roberta", adapters.SeqBnConfig(reduction_factor=4)),
     "electra": ("electra", adapters.DoubleSeqBnConfig(reduction_factor=4, non_linearity="relu")),
+    "prefix": ("bert", adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=6)),
+    "prefix_flat": ("roberta", adapters.PrefixTuningConfig(prefix_length=3, flat=True, leave_out=[0])),
+    "mam": (
+        "bert",
+        adapters.MAMConfig(
+            adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=6), adapters.ParBnConfig(reduction_factor=4)
+        ),
+    ),
+    "lora": (
+        "bert",
+        adapters.LoRAConfig(r=4, alpha=8, intermediate_lora=True, output_lora=True, attn_matrices=["q", "k", "v"]),
+    ),
+    "lora_left_out": ("electra", adapters.LoRAConfig(r=2, alpha=2, leave_out=[0])),
+    "lora_legacy": ("bert", adapters.LoRAConfig(r=4, alpha=16)),
     "legacy": ("bert", adapters.SeqBnConfig(reduction_factor=4, non_linearity="gelu")),
 }
-PICKLED = {"ln_before", "ln_both_gate", "legacy"}  # AdapterHub cannot write ln_before as safetensors
+# AdapterHub cannot write ln_before, nor a pool of prefixes, as safetensors.
+PICKLED = {"ln_before", "ln_both_gate", "legacy", "prefix", "prefix_flat", "mam"}
+FUSED = ("a", "b", "c")
 
 
 def make_model(kind: str) -> torch.nn.Module:
@@ -101,6 +117,35 @@ def age(folder: Path) -> None:
     torch.save(renamed, folder / "pytorch_adapter.bin")
 
 
+def age_lora(folder: Path) -> None:
+    """Turn a folder into one of before 1.1.0, which scaled by 1 whatever alpha was."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["version"] = "adapters.1.0.1"
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def make_fusion(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Folders of three adapters, one of another scale, and of their fusion; its logits."""
+    model = make_model("bert")
+    adapters.init(model)
+    for name, scale in zip(FUSED, (1.0, 2.0, 0.5), strict=True):
+        model.add_adapter(name, config=adapters.SeqBnConfig(reduction_factor=4, scaling=scale))
+    fuse = adapters.Fuse(*FUSED)
+    model.add_adapter_fusion(fuse)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapters." in name or "adapter_fusion_layer" in name:
+                p.add_(0.3 * torch.randn(p.shape))
+    (ROOT / "fusion").mkdir()
+    for name in FUSED:
+        model.save_adapter(str(ROOT / "fusion" / name), name, use_safetensors=True, with_head=False)
+    model.save_adapter_fusion(str(ROOT / "fusion" / "mix"), fuse, use_safetensors=True)
+    model.set_active_adapters(fuse)
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
 def make_case(case: str, kind: str, config: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     model = make_model(kind)
     adapters.init(model)
@@ -108,7 +153,7 @@ def make_case(case: str, kind: str, config: object, inputs: dict[str, torch.Tens
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if ".adapters.task." in name:
+            if any(f".{kind}.task." in name for kind in ("adapters", "loras", "prefix_tunings")):
                 around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 p.copy_(around + 0.3 * torch.randn(p.shape))
         # The head of the folder is not the base's.
@@ -119,6 +164,8 @@ def make_case(case: str, kind: str, config: object, inputs: dict[str, torch.Tens
     model.save_adapter(str(folder), "task", use_safetensors=case not in PICKLED)
     if case == "legacy":
         age(folder)
+    if case == "lora_legacy":
+        age_lora(folder)
     reader = make_model(kind)
     adapters.init(reader)
     reader.load_adapter(str(folder), use_safetensors=case not in PICKLED)
@@ -144,6 +191,7 @@ def main() -> None:
         )
     for case, (kind, config) in CASES.items():
         tensors[f"logits.{case}"] = make_case(case, kind, config, inputs)
+    tensors["logits.fusion"] = make_fusion(inputs)
     save_file(tensors, ROOT / "expected.safetensors")
     made_by = {"adapters": adapters.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     made_by["cases"] = {case: kind for case, (kind, _) in CASES.items()}

@@ -12,28 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    ElectraConfig,
     ElectraForMaskedLM,
-    ElectraForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 import fastadapt as fa
+from tests.saved import assert_unchanged, saved_model, snapshot
 from tests.tiny import METHODS, SEQUENCE, batch, make, output, shake
 
 ROOT = Path(__file__).parent / "fixtures" / "adapterhub"
 CASES: dict[str, str] = json.loads((ROOT / "made_by.json").read_text())["cases"]
-CLASSES = {
-    "bert": (BertConfig, BertForSequenceClassification),
-    "roberta": (RobertaConfig, RobertaForSequenceClassification),
-    "electra": (ElectraConfig, ElectraForSequenceClassification),
-}
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +32,9 @@ def expected() -> dict[str, torch.Tensor]:
     return load_file(ROOT / "expected.safetensors")
 
 
-def fixture_model(kind: str, **changes) -> torch.nn.Module:
-    config_class, model_class = CLASSES[kind]
-    sizes = json.loads((ROOT / f"{kind}.json").read_text())
-    del sizes["model_type"]
-    model = model_class(config_class(**{**sizes, **changes})).eval()
-    if not changes:
-        model.load_state_dict(load_file(ROOT / f"{kind}.safetensors"))
-    return model
-
-
-def snapshot(model: torch.nn.Module) -> tuple[list[type], dict[str, torch.Tensor], list[bool]]:
-    return (
-        [type(m) for m in model.modules()],
-        {key: t.clone() for key, t in model.state_dict().items()},
-        [p.requires_grad for p in model.parameters()],
-    )
-
-
-def assert_unchanged(model: torch.nn.Module, before) -> None:
-    classes, state, flags = snapshot(model)
-    assert classes == before[0]
-    assert list(state) == list(before[1]) and all(torch.equal(t, before[1][key]) for key, t in state.items())
-    assert flags == before[2]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reproduces_its_logits(case, expected):
-    model = fixture_model(CASES[case])
+    model = saved_model(ROOT, CASES[case])
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
     bare = output(model, **inputs)
     fa.load(model, ROOT / case)
@@ -78,14 +44,37 @@ def test_reproduces_its_logits(case, expected):
     assert (logits - bare).abs().max() > 0.1, "the case tests nothing"
 
 
+def test_reproduces_a_fusion(expected, tmp_path):
+    inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
+    model = saved_model(ROOT, "bert")
+    with pytest.raises(ValueError, match="adapters.*'a', 'b', 'c'.*known are none"):
+        fa.load(model, ROOT / "fusion" / "mix")
+    for name in "abc":
+        fa.load(model, ROOT / "fusion" / name)
+    single = output(model, **inputs)
+    fa.load(model, ROOT / "fusion" / "mix")
+    assert fa.adaptations(model) == ["a", "b", "c", "a,b,c"]
+    logits = output(model, **inputs)
+    torch.testing.assert_close(logits, expected["logits.fusion"], rtol=1e-4, atol=2e-5)
+    assert (logits - single).abs().max() > 0.05, "the case tests nothing"
+    fa.save(model, tmp_path / "mix")
+    theirs = load_file(ROOT / "fusion" / "mix" / "model_adapter_fusion.safetensors")
+    ours = load_file(tmp_path / "mix" / "model_adapter_fusion.safetensors")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], t) for key, t in theirs.items())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_writes_what_it_read(case, expected, tmp_path):
-    model = fixture_model(CASES[case])
+    model = saved_model(ROOT, CASES[case])
     inputs = {key: expected[key] for key in ("input_ids", "attention_mask")}
     fa.load(model, ROOT / case, name="mine")
     logits = output(model, **inputs)
-    fa.save(model, tmp_path / "out", name="mine")
-    again = fa.load(fixture_model(CASES[case]), tmp_path / "out")
+    if case == "lora_left_out":
+        with pytest.raises(ValueError, match="format.*target"):
+            fa.save(model, tmp_path / "out", name="mine", format="adapterhub")
+        return
+    fa.save(model, tmp_path / "out", name="mine", format="adapterhub")
+    again = fa.load(saved_model(ROOT, CASES[case]), tmp_path / "out")
     assert fa.adaptations(again) == ["mine"]
     assert torch.equal(output(again, **inputs), logits)
     theirs = json.loads((ROOT / case / "adapter_config.json").read_text())
@@ -111,8 +100,12 @@ def test_writes_what_it_read(case, expected, tmp_path):
         fa.ParallelConfig(reduction_factor=4),
         fa.PfeifferConfig(bottleneck=8, gate=True, ln_before=True, scale="learned"),
         fa.HoulsbyConfig(train_layer_norm="none", ln_after=True, scale="channel", leave_out=(1,), activation="none"),
+        fa.PrefixConfig(length=3, bottleneck=5, leave_out=(1,)),
+        fa.PrefixConfig(length=3, flat=True),
+        fa.MAMConfig(fa.PrefixConfig(length=2, bottleneck=5), fa.ParallelConfig(bottleneck=8)),
+        fa.LoRAConfig(r=3, alpha=6, targets=("query", "key", "output")),
     ],
-    ids=["houlsby", "pfeiffer", "parallel", "gated", "double"],
+    ids=["houlsby", "pfeiffer", "parallel", "gated", "double", "prefix", "flat", "mam", "lora"],
 )
 def test_it_reads_ours(model_class, config, tmp_path):
     import adapters
@@ -122,7 +115,7 @@ def test_it_reads_ours(model_class, config, tmp_path):
     shake(model.fastadapt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fa.save(model, tmp_path / "ours")
+        fa.save(model, tmp_path / "ours", format="adapterhub")
     logits = output(model)
     theirs = make(model_class, num_labels=4)
     base = {key: t for key, t in make(model_class).state_dict().items() if "classifier" not in key}
@@ -135,7 +128,7 @@ def test_it_reads_ours(model_class, config, tmp_path):
 
 @pytest.mark.parametrize("width", range(1, 65))
 def test_reduction_factor_gives_the_width_back(width):
-    from fastadapt.interop.adapterhub import to_hub
+    from fastadapt.interop.hub_bottleneck import to_hub
 
     for hidden in (32, 312, 384, 768, 1024):
         assert int(hidden // to_hub(fa.HoulsbyConfig(bottleneck=width), hidden)["reduction_factor"]) == width
@@ -271,7 +264,7 @@ BROKEN = {
     "layer_left": (lambda f: edit_inner(f, leave_out=[1]), "without a place"),
     "layers_beyond": (lambda f: edit_inner(f, leave_out=[7]), "leave_out"),
     "width": (lambda f: edit_inner(f, reduction_factor=2), "shape"),
-    "peft": (lambda f: edit(f, peft_type="LORA"), "PEFT"),
+    "peft": (lambda f: edit(f, peft_type="LORA"), "its configuration sets"),
     "pickle": (evil_pickle, "tensors alone"),
     "head_truncated": (lambda f: (f / "model_head.safetensors").write_bytes(b"\x10"), "truncated or corrupted"),
     "head_width": (
@@ -286,7 +279,7 @@ BROKEN = {
 def test_broken_folders_are_refused_and_change_nothing(kind, adapted, folder):
     breaking, message = BROKEN[kind]
     breaking(folder)
-    model = fixture_model("bert")
+    model = saved_model(ROOT, "bert")
     if adapted:
         fa.adapt(model, METHODS["houlsby"], name="here")
     before, logits = snapshot(model), output(model)
@@ -298,7 +291,7 @@ def test_broken_folders_are_refused_and_change_nothing(kind, adapted, folder):
 
 def test_a_model_of_other_sizes_is_refused(folder):
     for changes in ({"hidden_size": 32}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}):
-        model = fixture_model("bert", **changes)
+        model = saved_model(ROOT, "bert", **changes)
         before = snapshot(model)
         with pytest.raises(ValueError, match="path"):
             fa.load(model, folder)

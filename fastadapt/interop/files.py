@@ -78,3 +78,16 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]], stale: tuple[st
                 (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def fitting(folder: Path, name: str, found: Tensor | None, parameter: Tensor) -> Tensor:
+    """``found``, if it is there and has the parameter's form; ``ValueError`` names the tensor where not."""
+    if found is None:
+        raise ValueError(f"path: {folder} lacks {name}")
+    floating = parameter.is_floating_point()
+    if found.shape != parameter.shape or found.is_floating_point() != floating:
+        raise ValueError(
+            f"path: {name} in {folder} has shape {tuple(found.shape)} and dtype {found.dtype}; accepted is "
+            f"{tuple(parameter.shape)}, {'floating' if floating else parameter.dtype}"
+        )
+    return found

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastadapt.interop import adapterhub
+from fastadapt.interop import adapterhub, own, peft
 from fastadapt.interop.files import read_json
 
-FORMATS: tuple[str, ...] = ("adapterhub",)
+FORMATS: tuple[str, ...] = ("adapterhub", "peft")
 
 
-def open_folder(path: str | Path) -> adapterhub.Folder:
-    """Read a folder that an adaptation was saved in; raises ``ValueError`` for what is none, or of another kind."""
+def open_folder(path: str | Path, name: str | None = None) -> adapterhub.Folder | peft.Folder:
+    """Read a folder that an adaptation was saved in; raises ``ValueError`` for what is none, or of another kind.
+
+    ``name`` tells which of PEFT's adapters is meant where each lies in a folder of its own.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}; accepted is a folder that an adaptation was saved in")
-    if not (folder / adapterhub.CONFIG).is_file():
-        if (folder / "adapter_fusion_config.json").is_file():
-            raise ValueError(f"path: {folder} holds an AdapterFusion; accepted are bottleneck adapters")
-        raise ValueError(f"path: {folder} has no {adapterhub.CONFIG}; accepted is AdapterHub's folder of an adapter")
-    config = read_json(folder / adapterhub.CONFIG)
-    if "peft_type" in config:
-        kind = config["peft_type"]
-        raise ValueError(f"path: {folder} is PEFT's, of type {kind}; accepted are AdapterHub's bottleneck adapters")
-    return adapterhub.Folder(folder)
+    announced = (adapterhub.CONFIG, adapterhub.FUSION, own.CONFIG)
+    if not any((folder / name).is_file() for name in announced):
+        inside = peft.folder_of(folder, name)
+        if inside is not None:
+            return peft.Folder(inside, inside.name)
+        raise ValueError(
+            f"path: {folder} has none of {', '.join(announced)}; accepted is a folder that an adaptation was saved in"
+        )
+    config = read_json(folder / adapterhub.CONFIG) if (folder / adapterhub.CONFIG).is_file() else {}
+    return peft.Folder(folder, peft.DEFAULT) if peft.is_peft(config) else adapterhub.Folder(folder)
