@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.bench import measure, op, reference, report, text, train, verify
-from fastadapt.bench.case import METHODS, Case, UserError, token_ids
-from fastadapt.bench.peers import PEERS, chosen
+from fastadapt.bench import measure, merge, op, report, text, train, verify
+from fastadapt.bench.case import RANDOM_MODELS, Case, UserError, token_ids
+from fastadapt.bench.methods import METHODS
+from fastadapt.bench.methods import method as find_method
+from fastadapt.bench.methods.base import encoder_layers
+from fastadapt.bench.peers import PEERS, chosen, expanded
 from fastadapt.bench.setup import Setup
 
 needs_adapterhub = pytest.mark.skipif(importlib.util.find_spec("adapters") is None, reason="AdapterHub not installed")
@@ -106,18 +110,17 @@ def test_one_wrong_token_and_a_missing_gradient_show():
     assert verify.hidden_state_distance(near, exact).worst > 1e-4
     assert verify.hidden_state_distance(near[:1], exact).overall == float("inf")
     gradients = {"a": torch.ones(3), "b": torch.ones(2)}
-    assert verify.gradient_distance(gradients, gradients).worst == 0
-    assert verify.gradient_distance({"a": torch.ones(3), "b": None}, gradients).worst == float("inf")
-    assert verify.gradient_distance({"a": torch.ones(3)}, gradients).worst == float("inf")
+    assert verify.tensor_distance(gradients, gradients).worst == 0
+    assert verify.tensor_distance({"a": torch.ones(3), "b": None}, gradients).worst == float("inf")
+    assert verify.tensor_distance({"a": torch.ones(3)}, gradients).worst == float("inf")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_reference_is_the_equation(method):
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
+def test_the_reference_of_a_bottleneck_is_the_equation(method):
     setup = Setup(Case(batch=1, seq=4, layers=1, method=method, bottleneck=16))
-    model = setup.plain(torch.float64)
-    layer = reference.encoder_layers(model)[0]
-    sublayer, plain = layer.output, reference.encoder_layers(setup.stock(torch.float64))[0].output
-    w = {name: tensor.double() for name, tensor in setup.weights[0, reference.FFN].items()}
+    sublayer = encoder_layers(setup.plain(torch.float64))[0].output
+    plain = encoder_layers(setup.stock(torch.float64))[0].output
+    w = {name.removeprefix("encoder.layer.0.output."): tensor.double() for name, tensor in setup.weights.items()}
     h, x = torch.randn(1, 4, 3072, dtype=torch.float64), torch.randn(1, 4, 768, dtype=torch.float64)
     f, norm = plain.dense(h), plain.LayerNorm
     sigma = nn.functional.gelu if method == "houlsby" else torch.relu
@@ -131,26 +134,70 @@ def test_the_reference_is_the_equation(method):
         "parallel": lambda: norm(f + 4 * a1(x) + x),
     }[method]()
     torch.testing.assert_close(sublayer(h, x), expected, rtol=1e-12, atol=1e-12)
-    assert len(reference.adapters(model)) == (2 if method == "houlsby" else 1)
+    assert len(setup.weights) == (8 if method == "houlsby" else 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("peer", ["fastadapt", pytest.param("adapterhub", marks=needs_adapterhub)])
+def test_the_reference_of_a_lora_is_the_equation():
+    setup = Setup(Case(batch=1, seq=4, layers=1, method="lora", rank=3, targets=("key", "output")))
+    model = setup.plain(torch.float64)
+    plain = encoder_layers(setup.stock(torch.float64))[0].output.dense
+    path = "encoder.layer.0.output.dense."
+    a, b = (setup.weights[f"{path}{name}"].double() for name in ("lora_A.weight", "lora_B.weight"))
+    h = torch.randn(1, 4, 3072, dtype=torch.float64)
+    expected = h @ (plain.weight + 8 / 3 * b @ a).T + plain.bias
+    torch.testing.assert_close(encoder_layers(model)[0].output.dense(h), expected, rtol=1e-12, atol=1e-12)
+    places = {name.rpartition(".lora")[0] for name in setup.weights}
+    assert places == {"encoder.layer.0.attention.self.key", "encoder.layer.0.output.dense"}
+
+
+def peers_of(method):
+    """Who computes it here: ours and, where they are installed, the peers' own."""
+    names = [name for name in ("adapterhub", "peft", "plain") if name in find_method(method).inference_peers]
+    return ["fastadapt", *(n for n in names if PEERS[n].missing() is None)]
+
+
+@pytest.mark.parametrize(("method", "peer"), [(m, peer) for m in METHODS for peer in peers_of(m)])
 def test_peers_compute_what_the_reference_computes(method, peer):
-    case = Case(batch=2, seq=8, layers=1, method=method)
+    case = Case(batch=2, seq=8, layers=2, drop=1, adapters=2, method=method)
     setup = Setup(case)
-    system = PEERS[peer].setup("inference", setup)
     with torch.no_grad():
         exact = setup.plain(torch.float64)(input_ids=setup.ids).last_hidden_state
         eager = setup.plain()(input_ids=setup.ids).last_hidden_state
         stock = setup.stock(torch.float64)(input_ids=setup.ids).last_hidden_state
     yardstick = verify.hidden_state_distance(eager, exact)
-    output = system.hidden(system.call())
-    assert verify.judge(verify.hidden_state_distance(output, exact), yardstick, PEERS[peer].factor).correct
+    for system in expanded([peer], merges=find_method(method).merges):
+        prepared = system.setup("inference", setup)
+        distance = verify.hidden_state_distance(prepared.hidden(prepared.call()), exact)
+        assert verify.judge(distance, yardstick, system.factor).correct, system.name
     # The adapters matter: the model without them is far outside every tolerance.
-    assert not verify.judge(verify.hidden_state_distance(stock, exact), yardstick, verify.PEER_FACTOR).correct
+    assert not verify.judge(verify.hidden_state_distance(stock, exact), yardstick, 8 * verify.PEER_FACTOR).correct
     verdict = train.judge_gradients(case, [PEERS[peer]])[peer]
     assert verdict.correct, verdict
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_leaving_a_method_out_shows_in_bf16_too(method):
+    setup = Setup(Case(batch=2, seq=8, layers=2, drop=1, adapters=2, method=method))
+    with torch.no_grad():
+        exact = setup.plain(torch.float64)(input_ids=setup.ids).last_hidden_state
+        eager = setup.plain(torch.bfloat16)(input_ids=setup.ids).last_hidden_state
+        stock = setup.stock(torch.bfloat16)(input_ids=setup.ids).last_hidden_state
+    yardstick = verify.hidden_state_distance(eager, exact)
+    assert not verify.judge(verify.hidden_state_distance(stock, exact), yardstick, verify.PEER_FACTOR).correct
+
+
+@needs_adapterhub
+def test_adapterhub_computes_the_same_lora_where_it_has_one():
+    setup = Setup(Case(batch=2, seq=8, layers=1, method="lora", targets=("query", "value", "intermediate", "output")))
+    system = PEERS["adapterhub"].setup("inference", setup)
+    with torch.no_grad():
+        exact = setup.plain(torch.float64)(input_ids=setup.ids).last_hidden_state
+        eager = setup.plain()(input_ids=setup.ids).last_hidden_state
+    yardstick = verify.hidden_state_distance(eager, exact)
+    distance = verify.hidden_state_distance(system.hidden(system.call()), exact)
+    assert verify.judge(distance, yardstick, verify.PEER_FACTOR).correct
+    with pytest.raises(UserError, match="attention_output"):
+        PEERS["adapterhub"].setup("inference", Setup(Case(batch=1, seq=4, layers=1, method="lora")))
 
 
 def test_a_training_step_changes_weights_and_only_what_trains():
@@ -162,7 +209,7 @@ def test_a_training_step_changes_weights_and_only_what_trains():
         assert parameter.requires_grad == name.startswith("fastadapt.")
         if not parameter.requires_grad:
             assert torch.equal(parameter, before[name])
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in system.gradients().values())
+    assert all(system.gradients()[name].abs().sum() > 0 for name in setup.weights)
 
 
 # -- peers ----------------------------------------------------------------------------------------------------------
@@ -172,13 +219,23 @@ def test_choosing_peers(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for package in ("adapters", "openvino"):
         monkeypatch.delitem(sys.modules, package, raising=False)
-    peers, notes = chosen("inference", None, ("adapterhub", "compile"))
-    assert [peer.name for peer in peers] == ["compile"]
+    names, notes = chosen("inference", None, ("adapterhub", "compile"))
+    assert names == ["compile"]
     assert notes == ["left out: adapterhub needs adapters==1.3.0: pip install adapters==1.3.0"]
     with pytest.raises(UserError, match="pip install openvino"):
         chosen("inference", ["openvino"], ())
-    with pytest.raises(UserError, match="accepted are full, fastadapt, adapterhub"):
+    with pytest.raises(UserError, match="accepted are full, plain, fastadapt"):
         chosen("training", ["compile"], ())
+    with pytest.raises(UserError, match="accepted are fastadapt, peft"):
+        chosen("merging", ["adapterhub"], ())
+
+
+def test_merged_forms_join_where_the_method_merges():
+    def names(merges):
+        return [peer.name for peer in expanded(("stock", "fastadapt", "peft", "fastadapt-merged"), merges=merges)]
+
+    assert names(True) == ["stock", "fastadapt", "fastadapt-merged", "peft", "peft-merged"]
+    assert names(False) == ["stock", "fastadapt", "peft", "fastadapt-merged"]
 
 
 @needs_adapterhub
@@ -201,7 +258,8 @@ def test_the_same_case_is_the_same_everywhere():
     one, two = Setup(CASE), Setup(CASE)
     assert torch.equal(one.ids, two.ids)
     assert all(torch.equal(a, b) for a, b in zip(one.stock().parameters(), two.stock().parameters(), strict=True))
-    assert all(torch.equal(one.weights[s][n], two.weights[s][n]) for s in one.weights for n in reference.TENSORS)
+    assert one.weights.keys() == two.weights.keys()
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
     assert not torch.equal(token_ids(CASE), token_ids(Case(batch=2, seq=8, layers=1, seed=1)))
 
 
@@ -212,7 +270,7 @@ def test_real_weights_read_real_text_without_padding():
     assert ids.shape == (3, 200)
     assert not (ids == 0).any()  # BERT's padding
     assert (ids[:, 0] == 101).all() and (ids[:, -1] == 102).all()
-    assert len(reference.encoder_layers(Setup(case).stock())) == 2
+    assert len(encoder_layers(Setup(case).stock())) == 2
     with pytest.raises(UserError, match="--seq: got 600"):
         Setup(Case(model=case.model, seq=600))
     with pytest.raises(UserError, match="--layers: got 7"):
@@ -260,6 +318,111 @@ def test_the_floor_is_the_larger_of_arithmetic_and_bytes(capsys):
     assert op.bytes_moved(case, 64) == 3 * 64 * 64 * 4
 
 
+# -- merging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """bert-base of another size."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    monkeypatch.setitem(RANDOM_MODELS, "bert-base", shape)
+
+
+MERGE = Case(method="lora", batch=1, seq=8, layers=2, dtype="bf16")
+
+
+@pytest.mark.parametrize("name", ["fastadapt", "peft"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_merged_weights_are_judged_right(small, name, dtype):
+    if PEERS[name].missing():
+        pytest.skip(PEERS[name].missing())
+    setup = Setup(dataclasses.replace(MERGE, dtype=dtype))
+    system = PEERS[name].setup("merging", setup)
+    assert len(system.matrices) == 12
+    verdict = merge.judge(setup, system, PEERS[name].factor, exact=PEERS[name].ours)
+    assert verdict.correct, verdict
+    system.merge()
+    before = {key: matrix.detach().clone() for key, matrix in system.matrices.items()}
+    system.swap()
+    assert all(not torch.equal(before[key], matrix) for key, matrix in system.matrices.items())
+
+
+def test_a_merge_that_forgets_a_matrix_and_one_that_loses_a_bit_are_wrong(small):
+    setup = Setup(MERGE)
+    system = PEERS["fastadapt"].setup("merging", setup)
+    forgotten = next(iter(system.matrices.values()))
+    original = forgotten.detach().clone()
+
+    def forgetful():
+        system.merge()
+        forgotten.data.copy_(original)
+
+    one = dataclasses.replace(system, merge=forgetful, swap=lambda: None, unmerge=lambda: None)
+    assert not merge.judge(setup, one, verify.PEER_FACTOR, exact=False).correct
+
+    system = PEERS["fastadapt"].setup("merging", setup)
+
+    def lossy():
+        system.unmerge()
+        next(iter(system.matrices.values())).data.view(torch.int16)[0, 0] ^= 1
+
+    two = dataclasses.replace(system, unmerge=lossy)
+    assert merge.judge(setup, dataclasses.replace(two), verify.OWN_FACTOR, exact=False).correct
+    assert not merge.judge(setup, two, verify.OWN_FACTOR, exact=True).correct
+
+
+def test_differences_are_counted_in_bits():
+    before = {"a": torch.tensor([1.0, 0.0, float("nan"), 2.0]), "b": torch.zeros(4)}
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    assert merge.difference(before, after) == merge.Difference(0, 0, 0.0, 0.0)
+    after["a"][1] = -0.0  # one bit
+    after["b"].view(torch.int32)[3] = 7  # three bits
+    found = merge.difference(before, after)
+    assert (found.weights, found.bits, found.share) == (2, 4, 0.25)
+
+
+def test_drift_is_looked_at_on_the_way():
+    assert merge.checkpoints(1000) == [1, 3, 10, 30, 100, 300, 1000]
+    assert merge.checkpoints(20) == [1, 3, 10, 20]
+    assert merge.checkpoints(1) == [1]
+
+
+def test_a_merge_pays_when_its_forwards_have_saved_its_time():
+    same = {"dtype": "fp32", "targets": ["query"], "rank_or_bottleneck": 8, "batch": 1}
+    forwards = [
+        {**same, "phase": "forward", "system": system, "layers": 4, "samples_ms": [ms] * 3}
+        for system, ms in (("fastadapt", 12.0), ("fastadapt-merged", 10.0), ("peft", 9.0), ("peft-merged", 10.0))
+    ]
+    merges = [
+        {**same, "phase": "merge", "step": "merge", "system": name, "layers": 12, "samples_ms": [30.0], "p50_ms": 30.0}
+        for name in ("fastadapt", "peft")
+    ]
+    ours, _, theirs, _ = merge.with_break_even([*forwards, *merges])[:4]
+    assert ours["break_even_forwards"] == 5.0  # 10 ms for as many layers, 2 ms saved by each
+    assert theirs["break_even_forwards"] is None  # merging saved nothing
+
+
+def test_steps_of_a_turn_are_timed_apart_and_in_order(monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
+    systems = {name: {step: lambda n=name, s=step: order.append(n + s) for step in "12"} for name in "ab"}
+    samples = measure.take_turns_in_steps(systems, budget=0.0, min_rounds=2)
+    assert order[-8:] == ["a1", "a2", "b1", "b2", "b1", "b2", "a1", "a2"]
+    assert {name: {step: len(each) for step, each in steps.items()} for name, steps in samples.items()} == {
+        name: {"1": 2, "2": 2} for name in "ab"
+    }
+
+
+def test_kept_bytes_are_those_held_after_the_call():
+    held: list[torch.Tensor] = []
+
+    def call() -> None:
+        held.append(torch.empty(1000, dtype=torch.float32))
+        torch.empty(5000, dtype=torch.float32)
+
+    assert measure.kept_bytes(call, "cpu") == 4000
+
+
 # -- the figures to reach -------------------------------------------------------------------------------------------
 
 
@@ -285,7 +448,7 @@ def test_must_compares_in_the_right_direction():
         for dtype in ("fp32", "bf16")
         for rows, share in ((1024, 0.9), (16384, 0.5))
     ]
-    verdicts = {figure.text: figure.verdict for figure in must.figures(latency, steps, ops)}
+    verdicts = {figure.text: figure.verdict for figure in must.bottlenecks(latency, steps, ops)}
     assert verdicts["inference fp32 B=1 ÷ stock, no adapters"] == "goal"
     assert verdicts["inference fp32 B=1 ÷ OpenVINO"] == "reported"
     assert verdicts["training step fp32 B=32 ÷ AdapterHub"] == "goal"
@@ -293,7 +456,46 @@ def test_must_compares_in_the_right_direction():
     assert verdicts["bytes kept a layer bf16 B=32 ÷ AdapterHub"] == "pass"
     assert verdicts["op's share of its floor, fp32, 1,024 rows"] == "goal"
     assert verdicts["op's share of its floor, fp32, 16,384 rows"] == "FAIL"
-    assert all(figure.verdict == "missing" for figure in must.figures([], [], []))
+    assert all(figure.verdict == "missing" for figure in must.bottlenecks([], [], []))
+
+
+def test_must_reads_the_figures_of_loras():
+    must = bench_module("must")
+    latency = [
+        cell(system, ms, dtype=dtype, batch=batch, rank_or_bottleneck=rank)
+        for dtype in ("fp32", "bf16")
+        for batch in (1, 8, 32)
+        for rank in (8, 64)
+        for system, ms in (("stock", 20.0), ("fastadapt", 11.0), ("fastadapt-merged", 10.0))
+    ]
+    steps = [
+        cell(system, ms, dtype=dtype, batch=32, rank_or_bottleneck=8)
+        for dtype in ("fp32", "bf16")
+        for system, ms in (("fastadapt", 5.0), ("peft", 10.0))
+    ]
+    common = {"rank_or_bottleneck": 8, "matrices": 72, "phase": "merge"}
+    merges = [
+        cell(system, ms, dtype=dtype, step=step, **common)
+        for dtype in ("fp32", "bf16")
+        for system, step, ms in (("copy", "copy", 10.0), ("fastadapt", "merge", 12.0), ("fastadapt", "unmerge", 26.0))
+    ]
+    merges += [
+        {"system": "fastadapt", "phase": "drift", "dtype": dtype, "cycles": cycles, "bits_changed": bits}
+        for dtype, cycles, bits in (("fp32", 1000, 0), ("bf16", 999, 0))
+    ]
+    verdicts = {figure.text: figure.verdict for figure in must.loras(latency, steps, merges)}
+    assert verdicts["LoRA r=8 unmerged ÷ merged, fp32 B=8"] == "FAIL"
+    assert verdicts["LoRA r=8 unmerged ÷ merged, bf16 B=8"] == "pass"
+    assert verdicts["LoRA r=64 unmerged ÷ merged, fp32 B=32"] == "goal"
+    assert verdicts["LoRA r=8 unmerged ÷ stock, no adapters, fp32 B=1"] == "goal"
+    assert verdicts["LoRA r=8 training step ÷ PEFT, fp32 B=32"] == "pass"
+    assert verdicts["LoRA r=8 training step ÷ PEFT, bf16 B=32"] == "FAIL"
+    assert verdicts["merge of 72 matrices ÷ a copy of as many bytes, fp32"] == "pass"
+    assert verdicts["merge of 72 matrices ÷ a copy of as many bytes, bf16"] == "goal"
+    assert verdicts["unmerge of 72 matrices ÷ a copy of as many bytes, bf16"] == "FAIL"
+    assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, fp32"] == "goal"
+    assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, bf16"] == "missing"
+    assert all(figure.failed for figure in must.loras([], [], []))
 
 
 def test_a_wrong_row_reaches_no_figure():

@@ -39,7 +39,17 @@ def test_explain_lists_the_sublayers(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["bench"], ["bench", "latency"], ["bench", "train"], ["bench", "op"], ["plot"]]
+    "command",
+    [
+        [],
+        ["bench"],
+        ["bench", "latency"],
+        ["bench", "train"],
+        ["bench", "merge"],
+        ["bench", "methods"],
+        ["bench", "op"],
+        ["plot"],
+    ],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as left:
@@ -59,7 +69,11 @@ def test_help(capsys, command):
         (["bench", "latency", "--batch", "0"], ["--batch", "'0'", "at least 1"]),
         (["bench", "latency", "--batch", "x"], ["--batch", "'x'"]),
         (["bench", "latency", "--budget", "-1"], ["--budget", "'-1'"]),
-        (["bench", "latency", "--method", "lora"], ["--method", "lora", "houlsby"]),
+        (["bench", "latency", "--method", "nothing"], ["--method", "nothing", "houlsby"]),
+        (["bench", "latency", "--targets", "query,gate"], ["--targets", "query,gate", "attention_output"]),
+        (["bench", "latency", "--rank", "0"], ["--rank", "'0'", "at least 1"]),
+        (["bench", "train", "--lora-dropout", "2"], ["--lora-dropout", "'2'", "from 0 to 1"]),
+        (["bench", "merge", "--peers", "adapterhub"], ["--peers", "adapterhub", "peft"]),
         (["bench", "latency", "--peers", "nobody"], ["--peers", "nobody", "adapterhub"]),
         (["bench", "train", "--peers", "openvino"], ["--peers", "openvino", "adapterhub"]),
         (["bench", "latency", "--peers", "--model", "/nowhere"], ["--model", "/nowhere"]),
@@ -121,6 +135,68 @@ def test_latency_end_to_end(tmp_path, capsys):
     again = tmp_path / "again.svg"
     assert main(["plot", str(path), "--out", str(again)]) == 0
     assert "<svg" in again.read_text()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """bert-base of another size, and turns as short as they get."""
+    from fastadapt.bench import case, measure
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    monkeypatch.setitem(case.RANDOM_MODELS, "bert-base", shape)
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
+
+
+SMALL = ("--layers", "2", "--batch", "1", "--seq", "8", "--dtype", "fp32", "--budget", "0", "--threads", "1")
+
+
+def test_merge_end_to_end(tmp_path, capsys, small):
+    pytest.importorskip("matplotlib")
+    path, picture = tmp_path / "out.json", tmp_path / "out.png"
+    argv = ["bench", "merge", *SMALL, "--rank", "2", "--targets", "all", "query,value", "--cycles", "2", "--peers"]
+    assert main([*argv, "--json", str(path), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert max(map(len, shown.out.splitlines()[:-3])) <= 100
+    records = json.loads(path.read_text())["records"]
+    for row in records:
+        assert list(row)[: len(report.FIELDS)] == list(report.FIELDS)
+        assert row["bench"] == "merge" and row["correct"] in (True, None)
+    phases = {phase: [r for r in records if r["phase"] == phase] for phase in ("forward", "merge", "drift")}
+    forwards = ["stock", "bare", "fastadapt", "fastadapt-merged", "fastadapt-swapped"]
+    assert [r["system"] for r in phases["forward"]] == forwards * 2
+    assert [r["step"] for r in phases["merge"]] == ["copy", "merge", "swap", "unmerge"] * 2
+    assert {r["layers"] for r in phases["merge"]} == {3}  # as many as the model has
+    assert {r["matrices"] for r in phases["merge"]} == {18, 6}
+    assert [(r["cycles"], r["bits_changed"]) for r in phases["drift"]] == [(2, 0)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_are_cells_and_merged_forms_join(tmp_path, capsys, small):
+    path = tmp_path / "out.json"
+    argv = ["bench", "latency", *SMALL, "--method", "lora", "--rank", "2", "4", "--targets", "output,key", "--peers"]
+    assert main([*argv, "--json", str(path)]) == 0
+    records = json.loads(path.read_text())["records"]
+    systems = ["stock", "bare", "fastadapt", "fastadapt-merged"]
+    assert [(r["rank_or_bottleneck"], r["system"]) for r in records] == [(n, s) for n in (2, 4) for s in systems]
+    assert all(r["targets"] == ["key", "output"] and r["correct"] for r in records)
+    assert "÷ merged" in capsys.readouterr().out
+
+
+def test_methods_end_to_end(tmp_path, capsys, small):
+    path = tmp_path / "out.json"
+    argv = ["bench", "methods", *SMALL, "--methods", "pfeiffer", "bitfit"]
+    assert main([*argv, "--json", str(path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert max(map(len, table[:-2])) <= 100
+    assert any("bitfit: every bias" in line for line in table)
+    records = json.loads(path.read_text())["records"]
+    assert {(r["method"], r["job"]) for r in records} == {
+        (method, job) for method in ("pfeiffer", "bitfit") for job in ("inference", "training", "switch")
+    }
+    step = next(r for r in records if r["job"] == "training" and r["system"] == "fastadapt")
+    total = [sum(each) for each in zip(*step["steps_ms"].values(), strict=True)]
+    assert list(step["steps_ms"]) == ["forward", "backward", "update"]
+    assert total == pytest.approx(step["samples_ms"], abs=1e-3)
 
 
 def test_a_wrong_system_is_printed_as_wrong_and_never_timed(tmp_path, capsys, monkeypatch):

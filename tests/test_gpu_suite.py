@@ -12,14 +12,16 @@ import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
+import fastadapt as fa
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import measure, models, ops
+from benchmarks.gpu_suite import measure, merging, models, ops
 
 
 def test_a_dry_run_lists_every_test_file_and_case(capsys):
     assert suite.main(["--dry-run"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert len(listed) == len(set(listed)) == len(suite.TESTS) + len(list(ops.cases())) + len(list(models.cases()))
+    cases = [*ops.cases(), *merging.cases(), *models.cases()]
+    assert len(listed) == len(set(listed)) == len(suite.TESTS) + len(cases)
     for file in suite.TESTS:
         assert (suite.ROOT / file).is_file()
 
@@ -35,9 +37,10 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the suite itself checks on a GPU")
-@pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear"])
+@pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear", "lora", "lora rows"])
 def test_its_check_passes_what_is_right_and_names_what_is_wrong(op, monkeypatch):
-    case = ops.OpCase(op, 48, 64, 16 if op == "bottleneck" else 0, "bfloat16", training=True, compiled=False)
+    width = 16 if op == "bottleneck" or op.startswith("lora") else 0
+    case = ops.OpCase(op, 64, 64, width, "bfloat16", training=True, compiled=False)
     assert ops.wrong(case, "cpu") is None
     right = ops.ours
     monkeypatch.setattr(ops, "ours", lambda *arguments: right(*arguments) * 1.1)
@@ -51,6 +54,34 @@ def test_a_training_step_gives_the_gradient_of_all_that_trains():
     assert [g.shape for g in gradients] == [t[name].shape for name in ops.TRAINED["bottleneck"]]
     inference = dataclasses.replace(case, training=False)
     assert not ops.step(inference, lambda: ops.eager(case, t, 0.0), t)().requires_grad
+
+
+@pytest.mark.parametrize("op", ["lora", "lora dropout", "lora rows"])
+def test_a_lora_is_held_against_the_linear_it_stands_at(op):
+    case = ops.OpCase(op, 64, 64, 8, "float32", training=True, compiled=False)
+    t = ops.tensors(case, "cpu")
+    seed = torch.zeros((), dtype=torch.int64)
+    gradients = ops.step(case, lambda: ops.ours(case, t, case.p, seed), t)()
+    assert [g.shape for g in gradients] == [t[name].shape for name in ops.TRAINED[op]]
+    (dx,) = ops.step(case, lambda: ops.frozen(case, t), t, ("x",))()
+    torch.testing.assert_close(dx, t["dy"] @ t["w"])
+    operations, bytes_ = ops.work(case)
+    assert operations > 4 * 64**3 and bytes_ == 5 * 64 * 64 * 4
+
+
+@pytest.mark.skipif(not hasattr(fa.ops, "merge_"), reason="there is no merge here")
+def test_its_check_of_a_merge_finds_lost_bits(monkeypatch):
+    case = merging.MergeCase(8, "bfloat16")
+    assert merging.wrong(case, "cpu", layers=1) is None
+    monkeypatch.setattr(fa.ops, "unmerge_", lambda *arguments: None)
+    assert merging.wrong(case, "cpu", layers=1).endswith("weights changed after unmerging")
+
+
+def test_a_model_case_holds_peft_to_the_same_six_linears():
+    peft = pytest.importorskip("peft")
+    model = models._peft()
+    targets = [n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    assert len(targets) == 6 * 12
 
 
 def test_percentiles_ratios_and_floors():

@@ -26,7 +26,7 @@ def fused(model: nn.Module) -> list[nn.Module]:
 
 def patched(model: nn.Module, adapted: nn.Module, name: str, method: str) -> nn.Module:
     """``model`` with the adaptation of ``adapted`` written out in plain PyTorch, for the three presets."""
-    sites = adapted.fastadapt[name].sites()
+    sites = adapted.fastadapt[name].parts()
     base = getattr(model, model.base_model_prefix)
 
     def forward_for(module: nn.Module, site):
