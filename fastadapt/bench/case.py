@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from fastadapt.bench.text import SENTENCES
 from fastadapt.models import wiring_of
 
-METHODS: tuple[str, ...] = ("houlsby", "pfeiffer", "parallel")
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANDOM_MODELS: dict[str, dict[str, int]] = {
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 LABELS = 2
+TARGETS = ("query", "key", "value", "attention_output", "intermediate", "output")  # where a LoRA can be
 
 
 class UserError(Exception):
@@ -32,8 +32,12 @@ class Case:
 
     Attributes:
         model: ``bert-base`` or ``bert-large`` (random weights), a folder, or an id of the model hub.
-        method: one of :data:`METHODS`.
+        method: one of :data:`fastadapt.bench.methods.METHODS`.
         bottleneck: width b of the adapter.
+        rank, targets, lora_dropout: of a LoRA; the targets are some of :data:`TARGETS`.
+        length: of a prefix.
+        adapters: how many a fusion mixes.
+        drop: layers without an adapter, from the input, of AdapterDrop.
         batch, seq: the input is [batch, seq] tokens without padding.
         dtype: ``fp32`` or ``bf16``; in inference the model's dtype, in training autocast's.
         device: ``cpu`` or ``cuda``.
@@ -45,6 +49,12 @@ class Case:
     model: str = "bert-base"
     method: str = "houlsby"
     bottleneck: int = 64
+    rank: int = 8
+    targets: tuple[str, ...] = TARGETS
+    lora_dropout: float = 0.0
+    length: int = 30
+    adapters: int = 8
+    drop: int = 5
     batch: int = 8
     seq: int = 128
     dtype: str = "fp32"
@@ -84,7 +94,7 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
 
     The same case gives the same weights. ``classifier`` puts a head of two labels on it, for training.
     """
-    from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 
     auto = AutoModelForSequenceClassification if classifier else AutoModel
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -96,8 +106,6 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         config = BertConfig(**shape, **rates, **labels, max_position_embeddings=max(512, case.seq))
         model = auto.from_config(config, attn_implementation="sdpa")
     else:
-        from transformers import AutoConfig
-
         config = _from_pretrained(AutoConfig, case, **rates, **labels)
         available = getattr(config, "num_hidden_layers", 0)
         if case.layers is not None and case.layers > available:
@@ -112,6 +120,15 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
     except (TypeError, ValueError) as error:
         raise UserError(f"--model: {error}") from error
     return model.eval()
+
+
+def available_layers(case: Case) -> int:
+    """How many layers the case's model has when none are left away."""
+    from transformers import AutoConfig
+
+    if _random(case):
+        return RANDOM_MODELS[case.model]["num_hidden_layers"]
+    return getattr(_from_pretrained(AutoConfig, case), "num_hidden_layers", 0)
 
 
 @lru_cache(maxsize=4)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastadapt.bench import measure, report, verify
 from fastadapt.bench.case import Case, UserError
-from fastadapt.bench.peers import PEERS, Inference, Peer
+from fastadapt.bench.methods import method
+from fastadapt.bench.peers import PEERS, Inference, Peer, expanded
 from fastadapt.bench.setup import Setup
 
 ALWAYS = ("stock", "bare", "fastadapt")
-DEFAULT_PEERS = ("adapterhub", "compile", "adapterhub-compile")
 BASE = "stock"
 
 
@@ -30,23 +30,34 @@ def references(setup: Setup) -> dict[bool, tuple[Tensor, verify.Distance]]:
     return found
 
 
+def systems_of(case: Case, peers: Sequence[str]) -> list[Peer]:
+    """Who takes turns: those that always do, then ``peers``, each with its merged form where the method merges."""
+    return expanded((*ALWAYS, *peers), merges=method(case.method).merges)
+
+
 def run_case(
-    case: Case, peers: Sequence[Peer], *, budget: float, compile_mode: str, progress: report.Progress
+    case: Case,
+    everyone: Sequence[Peer],
+    *,
+    budget: float,
+    progress: report.Progress,
+    compile_mode: str = "default",
+    bench: str = "latency",
+    min_rounds: int = measure.MIN_ROUNDS,
+    **more: Any,
 ) -> list[report.Record]:
-    """All records of one cell."""
+    """All records of one cell; ``bench`` and ``more`` go into each."""
     torch._dynamo.reset()  # a graph of another cell's shapes would turn this one's dynamic
-    cell = f"{case.dtype} B={case.batch}"
+    cell = f"{case.dtype} {case.method} {method(case.method).size(case)} B={case.batch}"
     setup = Setup(case, compile_mode=compile_mode)
     expected = references(setup)
     systems: dict[str, Inference] = {}
     verdicts: dict[str, verify.Verdict] = {}
-    refused: dict[str, str] = {}
-    for peer in (*(PEERS[name] for name in ALWAYS), *peers):
+    for peer in everyone:
         progress.tick(f"{cell}: setting up {peer.label}")
         try:
             system = peer.setup("inference", setup)
         except UserError as error:
-            refused[peer.name] = str(error)
             progress.step(f"{cell}: not measured: {error}")
             continue
         output = system.hidden(system.call())
@@ -65,6 +76,7 @@ def run_case(
         {name: system.call for name, system in systems.items()},
         budget=budget,
         device=case.device,
+        min_rounds=min_rounds,
         progress=lambda done, left: progress.tick(f"{cell}: round {done}, {max(left, 0):.0f} s left"),
     )
     peaks = {
@@ -74,7 +86,7 @@ def run_case(
     }
     return [
         report.record(
-            "latency",
+            bench,
             case,
             name,
             PEERS[name].label,
@@ -83,25 +95,33 @@ def run_case(
             base=samples.get(BASE),
             peak_bytes=peaks.get(name),
             base_system=BASE,
+            **more,
         )
         for name in verdicts
     ]
 
 
+def over_merged(records: Sequence[report.Record], r: report.Record) -> float | None:
+    """The time of ``r`` over that of the same library's merged form in the same rounds; None where there is none."""
+    twin = PEERS[r["system"]].merged
+    same = ("dtype", "batch", "method", "rank_or_bottleneck", "targets")
+    for other in records if twin is not None else ():
+        if other["system"] == twin and all(other.get(key) == r.get(key) for key in same):
+            both = r["samples_ms"], other["samples_ms"]
+            return measure.paired_ratio(*both) if all(both) else None
+    return None
+
+
 def rows(records: Sequence[report.Record]) -> str:
     """The table."""
-    lines: list[list[str] | None] = []
-    cell: tuple[Any, ...] | None = None
-    for r in records:
-        here = (r["dtype"], r["batch"])
-        if cell not in (None, here):
-            lines.append(None)
-        cell = here
-        name = r["label"] if r["system"] != "fastadapt" else f"fastadapt, {r['method']} b={r['rank_or_bottleneck']}"
-        start = [f"{r['dtype']} B={r['batch']:<3} {name}"]
-        if not r["correct"]:
-            lines.append([*start, "WRONG", f"{r['error']:.0e}", f">{r['tolerance']:.0e}", "-", "-"])
-            continue
-        times = [f"{r[f'p{p}_ms']:.2f}" for p in (20, 50, 80)]
-        lines.append([*start, *times, f"{r['ratio_to_bare']:.3f}", report.megabytes(r["peak_bytes"])])
-    return report.table(("system", "p20 ms", "p50 ms", "p80 ms", "÷ stock", "peak MB"), lines)
+    merges = any(r["system"] == PEERS["fastadapt"].merged for r in records)
+
+    def figures(r: report.Record) -> list[str]:
+        shown = [*report.times(r, 2), f"{r['ratio_to_bare']:.3f}"]
+        if merges:
+            ratio = over_merged(records, r)
+            shown.append("-" if ratio is None else f"{ratio:.3f}")
+        return [*shown, report.megabytes(r["peak_bytes"])]
+
+    headers = ("system", "p20 ms", "p50 ms", "p80 ms", "÷ stock", *(("÷ merged",) if merges else ()), "peak MB")
+    return report.cell_table(headers, records, cell=report.cells(records), name=report.system_name, figures=figures)

@@ -45,13 +45,35 @@ def _turn(call: Callable[[], Any], device: str, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+Progress = Callable[[int, float], None]
+
+
+def _rounds(turns: dict[str, Callable[[], None]], budget: float, min_rounds: int, progress: Progress | None) -> None:
+    names = list(turns)
+    gc.collect()
+    started = time.perf_counter()
+    for done in range(MAX_ROUNDS):
+        left = budget - (time.perf_counter() - started)
+        if done >= min_rounds and left <= 0:
+            break
+        first = done % len(names)  # another one begins each round, so none always follows the same neighbour's heat
+        for name in names[first:] + names[:first]:
+            turns[name]()
+        if progress is not None:
+            progress(done + 1, left)
+
+
+def _repeats(seconds: float) -> int:
+    return max(1, math.ceil(TURN_SECONDS / max(seconds, 1e-9)))
+
+
 def take_turns(
     calls: dict[str, Callable[[], Any]],
     *,
     budget: float,
     device: str = "cpu",
     min_rounds: int = MIN_ROUNDS,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds a call of every system in every round; sample i of one system is paired with sample i of another.
 
@@ -62,24 +84,51 @@ def take_turns(
         min_rounds: rounds in any case.
         progress: called after each round with the rounds done and the seconds left.
     """
-    repeats = {}
-    for name, call in calls.items():
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def turn(name: str, call: Callable[[], Any]) -> Callable[[], None]:
         call()
-        seconds = min(once(call, device) for _ in range(2))
-        repeats[name] = max(1, math.ceil(TURN_SECONDS / max(seconds, 1e-9)))
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
-    started = time.perf_counter()
-    for done in range(MAX_ROUNDS):
-        left = budget - (time.perf_counter() - started)
-        if done >= min_rounds and left <= 0:
-            break
-        first = done % len(names)  # another one begins each round, so none always follows the same neighbour's heat
-        for name in names[first:] + names[:first]:
-            samples[name].append(_turn(calls[name], device, repeats[name]) * 1e3)
-        if progress is not None:
-            progress(done + 1, left)
+        repeats = _repeats(min(once(call, device) for _ in range(2)))
+        return lambda: samples[name].append(_turn(call, device, repeats) * 1e3)
+
+    _rounds({name: turn(name, call) for name, call in calls.items()}, budget, min_rounds, progress)
+    return samples
+
+
+Steps = dict[str, Callable[[], Any]]
+
+
+def take_turns_in_steps(
+    systems: dict[str, Steps],
+    *,
+    budget: float,
+    device: str = "cpu",
+    min_rounds: int = MIN_ROUNDS,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """As :func:`take_turns` for systems of which a turn is several steps, each timed: {system: {step: milliseconds}}.
+
+    The steps of a turn run in their order; after the last one the system is where it was before the first.
+    """
+    samples: dict[str, dict[str, list[float]]] = {name: {step: [] for step in steps} for name, steps in systems.items()}
+
+    def run(steps: Steps) -> dict[str, float]:
+        return {step: once(call, device) for step, call in steps.items()}
+
+    def turn(name: str, steps: Steps) -> Callable[[], None]:
+        run(steps)
+        repeats = _repeats(min(sum(run(steps).values()) for _ in range(2)))
+
+        def take() -> None:
+            if repeats > 1:
+                run(steps)  # the caches hold the previous system's weights
+            taken = [run(steps) for _ in range(repeats)]
+            for step in steps:
+                samples[name][step].append(statistics.fmean(each[step] for each in taken) * 1e3)
+
+        return take
+
+    _rounds({name: turn(name, steps) for name, steps in systems.items()}, budget, min_rounds, progress)
     return samples
 
 
@@ -111,16 +160,18 @@ def _without_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most bytes PyTorch's allocator held during ``call`` beyond what it held before."""
+def _allocated(call: Callable[[], Any], device: str) -> tuple[int, int]:
+    """(bytes that PyTorch's allocator holds after ``call``, the most it held during it), beyond those before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+        return torch.cuda.memory_allocated() - before, peak
     from torch.profiler import ProfilerActivity, profile
 
     with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -130,7 +181,17 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return held, peak
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """The most bytes PyTorch's allocator held during ``call`` beyond what it held before."""
+    return _allocated(call, device)[1]
+
+
+def kept_bytes(call: Callable[[], Any], device: str) -> int:
+    """The bytes that PyTorch's allocator holds after ``call``, its result dropped, beyond what it held before."""
+    return _allocated(call, device)[0]
 
 
 @contextmanager

@@ -156,18 +156,15 @@ def run_case(case: Case, *, hidden: int, budget: float, progress: report.Progres
 
 def rows(records: Sequence[report.Record]) -> str:
     """The table."""
-    lines: list[list[str] | None] = []
-    cell: tuple[Any, ...] | None = None
-    for r in records:
-        here = (r["dtype"], r["rows"])
-        if cell not in (None, here):
-            lines.append(None)
-        cell = here
-        start = [f"{r['dtype']} {r['rows']:>6} rows  {r['label']}"]
-        if r["correct"] is False:
-            lines.append([*start, "WRONG", f"{r['error']:.0e}", f">{r['tolerance']:.0e}", "-", "-"])
-            continue
-        times = [f"{r[f'p{p}_ms']:.3f}" for p in (20, 50, 80)]
+
+    def figures(r: report.Record) -> list[str]:
         share = f"{r['share_of_floor']:.0%}" if r["system"] in OPS else "-"
-        lines.append([*start, *times, f"{r['ratio_to_bare']:.3f}", share])
-    return report.table(("op", "p20 ms", "p50 ms", "p80 ms", "÷ eager", "of the floor"), lines)
+        return [*report.times(r, 3), f"{r['ratio_to_bare']:.3f}", share]
+
+    return report.cell_table(
+        ("op", "p20 ms", "p50 ms", "p80 ms", "÷ eager", "of the floor"),
+        records,
+        cell=lambda r: f"{r['dtype']} {r['rows']:>6} rows ",
+        name=lambda r: r["label"],
+        figures=figures,
+    )

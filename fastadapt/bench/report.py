@@ -10,15 +10,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 import fastadapt
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import TARGETS, Case, UserError
 from fastadapt.bench.measure import paired_ratio, percentile
+from fastadapt.bench.methods import method
 from fastadapt.bench.verify import Verdict
 
 # The columns every row has, in the order of the public contract; a row may have more.
@@ -43,6 +44,7 @@ def record(
     **more: Any,
 ) -> Record:
     """One row. ``samples`` are milliseconds a round; a wrong system has none, so it has no time and no ratio."""
+    how = method(case.method)
     times: dict[str, float | None] = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "ratio_to_bare"))
     if samples:
         times = {f"p{round(share * 100)}_ms": percentile(samples, share) for share in (0.2, 0.5, 0.8)}
@@ -56,7 +58,7 @@ def record(
         "device": case.device,
         "batch": case.batch,
         "seq": case.seq,
-        "rank_or_bottleneck": case.bottleneck,
+        "rank_or_bottleneck": how.size(case),
         **times,
         "peak_bytes": peak_bytes,
         "label": label,
@@ -65,6 +67,7 @@ def record(
         "error": None if verdict is None else verdict.error,
         "tolerance": None if verdict is None else verdict.tolerance,
         "samples_ms": None if not samples else [round(ms, 5) for ms in samples],
+        **how.extra(case),
         **more,
     }
 
@@ -72,7 +75,7 @@ def record(
 def versions() -> dict[str, str | None]:
     """Installed versions of what the benchmarks touch; None where it is absent."""
     found: dict[str, str | None] = {"fastadapt": fastadapt.__version__}
-    for name in ("torch", "transformers", "adapters", "triton", "openvino", "onnxruntime"):
+    for name in ("torch", "transformers", "adapters", "peft", "triton", "openvino", "onnxruntime"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -170,6 +173,48 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str] | None]) -> str:
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([line(headers), rule, *(rule if row is None else line(row) for row in rows)])
+
+
+def cells(records: Sequence[Record]) -> Callable[[Record], str]:
+    """What tells the cells of ``records`` apart, as the start of a table's row: dtype, batch and what else varies."""
+
+    def targets(r: Record) -> str:
+        return "+".join(r["targets"]) if 0 < len(r.get("targets", ())) < len(TARGETS) else "all"
+
+    several = {"method": lambda r: r["method"], "size": lambda r: f"{r['rank_or_bottleneck']:<3}", "targets": targets}
+    shown = [text for text in several.values() if len({text(r) for r in records}) > 1]
+    return lambda r: " ".join([r["dtype"], *(text(r) for text in shown), f"B={r['batch']:<3}"])
+
+
+def system_name(r: Record) -> str:
+    """What a table calls the system of ``r``: fastadapt with the method that it ran."""
+    return r["label"] if r["system"] != "fastadapt" else f"{r['label']}, {method(r['method']).describe(r)}"
+
+
+def times(r: Record, digits: int) -> list[str]:
+    """p20, p50 and p80."""
+    return [f"{r[f'p{p}_ms']:.{digits}f}" for p in (20, 50, 80)]
+
+
+def cell_table(
+    headers: Sequence[str],
+    records: Sequence[Record],
+    *,
+    cell: Callable[[Record], str],
+    name: Callable[[Record], str],
+    figures: Callable[[Record], list[str]],
+) -> str:
+    """A row a record, a rule between cells; a wrong system shows its error in place of its times."""
+    lines: list[list[str] | None] = []
+    before = None
+    for r in records:
+        here = cell(r)
+        if before not in (None, here):
+            lines.append(None)
+        before = here
+        shown = figures(r) if r["correct"] is not False else ["WRONG", f"{r['error']:.0e}", f">{r['tolerance']:.0e}"]
+        lines.append([f"{here} {name(r)}", *shown, *["-"] * (len(headers) - 1 - len(shown))])
+    return table(headers, lines)
 
 
 class Progress:

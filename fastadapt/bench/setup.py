@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.bench.case import Case, class_labels, load_model, token_ids
-from fastadapt.bench.reference import Weights, adapter_weights, install
+from fastadapt.bench.methods import method
+from fastadapt.bench.methods.base import Tensors
 
 
 class Setup:
@@ -28,7 +29,8 @@ class Setup:
         self.case = case
         self.compile_mode = compile_mode
         self._model = load_model(case, classifier=classifier, dropout=case.dropout if classifier else 0.0)
-        self.weights: Weights = adapter_weights(case, self._model)
+        self.method = method(case.method)
+        self.weights: Tensors = self.method.weights(case, self._model)
         self.ids: Tensor = token_ids(case)
 
     @cached_property
@@ -40,8 +42,36 @@ class Setup:
         return copy.deepcopy(self._model).to(self.case.device, dtype)
 
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A copy with the adapters written out in plain PyTorch."""
-        return install(copy.deepcopy(self._model), self.case, self.weights).to(self.case.device, dtype)
+        """A copy with the method written out in plain PyTorch."""
+        return self.plain_with_tensors(dtype)[0]
+
+    def plain_with_tensors(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensors]:
+        """(that copy, what it trains by name): the method's tensors and a head; the base is frozen."""
+        model = copy.deepcopy(self._model).requires_grad_(False)
+        tensors = self.method.install(model, self.case)
+        self.write(tensors)
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(not self.method.frozen(name))
+        if hasattr(model, "classifier"):
+            model.classifier.requires_grad_(True)
+        return model.train(self._model.training).to(self.case.device, dtype), tensors
+
+    @cached_property
+    def other_weights(self) -> Tensors:
+        """Values for a second adaptation of the same method."""
+        return {name: value.flip(0) for name, value in self.weights.items()}
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(parameters that the method adds or trains, its head's and LayerNorms' apart; those of the base)."""
+        own = sum(value.numel() for name, value in self.weights.items() if not self.method.frozen(name))
+        return own, sum(p.numel() for p in self._model.base_model.parameters())
+
+    def write(self, tensors: Tensors, values: Tensors | None = None) -> None:
+        """Give the method's parameters of any library's model the case's values, or others."""
+        with torch.no_grad():
+            for name, value in (self.weights if values is None else values).items():
+                tensors[name].copy_(value)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What a training step of this case runs its forward under."""

@@ -8,36 +8,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fastadapt.bench import measure, reference, report, verify
-from fastadapt.bench.case import Case
-from fastadapt.bench.peers import PEERS, Peer, Training
+from fastadapt.bench import measure, report, verify
+from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.methods import method
+from fastadapt.bench.peers import Peer, Training, expanded
 from fastadapt.bench.setup import Setup
 
 ALWAYS = ("full", "fastadapt")
-DEFAULT_PEERS = ("adapterhub",)
 BASE = "full"
-
-
-def _backward(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
-    setup.loss(model).backward()
-    return reference.gradients(model)
-
-
-def _required(gradients: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' gradients, which each system must have, and of the others those it has."""
-    return {n: g for n, g in gradients.items() if n in own or n.endswith(reference.TENSORS)}
 
 
 def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdict]:
     """Each adapted system's gradients with dropout off against a float64 model's, yardstick plain eager PyTorch."""
-    setup = Setup(dataclasses.replace(case, dropout=0.0), classifier=True)
-    exact_model = setup.plain(torch.float64)
-    exact_model(input_ids=setup.ids, labels=setup.labels).loss.backward()
-    exact = reference.gradients(exact_model)
-    del exact_model
-    eager = _backward(setup.plain(), setup)
+    setup = Setup(dataclasses.replace(case, dropout=0.0, lora_dropout=0.0), classifier=True)
+    model, tensors = setup.plain_with_tensors(torch.float64)
+    model(input_ids=setup.ids, labels=setup.labels).loss.backward()
+    exact = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+    model, tensors = setup.plain_with_tensors()
+    setup.loss(model).backward()
+    eager = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+    del model, tensors
     verdicts = {}
     for peer in peers:
         if not peer.adapted:
@@ -45,9 +36,11 @@ def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdi
         system: Training = peer.setup("training", setup)
         system.loss().backward()
         own = system.gradients()
-        expected = _required(exact, own)
+        # The method's own gradients each system must have; of the base's that train with them, those it has.
+        judged = {name: g for name, g in exact.items() if not setup.method.silent(name)}
+        expected = {name: g for name, g in judged.items() if name in setup.weights or name in own}
         verdicts[peer.name] = verify.judge(
-            verify.gradient_distance(own, expected), verify.gradient_distance(eager, expected), peer.factor
+            verify.tensor_distance(own, expected), verify.tensor_distance(eager, expected), peer.factor
         )
     return verdicts
 
@@ -65,10 +58,32 @@ def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
     return {name: three - two for name, (two, three) in kept.items()}
 
 
-def run_case(case: Case, peers: Sequence[Peer], *, budget: float, progress: report.Progress) -> list[report.Record]:
-    """All records of one cell."""
-    cell = f"{case.dtype} B={case.batch}"
-    everyone = [*(PEERS[name] for name in ALWAYS), *peers]
+def able(case: Case, peers: Sequence[Peer], progress: report.Progress) -> list[Peer]:
+    """Those of ``peers`` that can serve the case at all; the others are named, with the reason."""
+    setup = Setup(dataclasses.replace(case, layers=1), classifier=True)
+    found = []
+    for peer in peers:
+        try:
+            peer.setup("training", setup)
+        except UserError as error:
+            progress.step(f"{case.dtype} B={case.batch}: not measured: {error}")
+        else:
+            found.append(peer)
+    return found
+
+
+def run_case(
+    case: Case,
+    peers: Sequence[str],
+    *,
+    budget: float,
+    progress: report.Progress,
+    bench: str = "train",
+    **more: Any,
+) -> list[report.Record]:
+    """All records of one cell; ``bench`` and ``more`` go into each."""
+    cell = f"{case.dtype} {case.method} {method(case.method).size(case)} B={case.batch}"
+    everyone = able(case, expanded((*ALWAYS, *peers), merges=False), progress)
     progress.step(f"{cell}: checking gradients")
     verdicts = judge_gradients(case, everyone)
     for peer in everyone:
@@ -81,16 +96,17 @@ def run_case(case: Case, peers: Sequence[Peer], *, budget: float, progress: repo
     setup = Setup(case, classifier=True)
     systems: dict[str, Training] = {peer.name: peer.setup("training", setup) for peer in right}
     progress.step(f"{cell}: {len(systems)} systems take turns")
-    samples = measure.take_turns(
-        {name: system.step for name, system in systems.items()},
+    steps = measure.take_turns_in_steps(
+        {name: system.steps for name, system in systems.items()},
         budget=budget,
         device=case.device,
         progress=lambda done, left: progress.tick(f"{cell}: round {done}, {max(left, 0):.0f} s left"),
     )
+    samples = {name: [sum(turn) for turn in zip(*mine.values(), strict=True)] for name, mine in steps.items()}
     peaks = {name: measure.peak_bytes(system.step, case.device) for name, system in systems.items()}
     return [
         report.record(
-            "train",
+            bench,
             case,
             peer.name,
             peer.label,
@@ -100,6 +116,8 @@ def run_case(case: Case, peers: Sequence[Peer], *, budget: float, progress: repo
             peak_bytes=peaks.get(peer.name),
             base_system=BASE,
             saved_bytes_per_layer=saved.get(peer.name),
+            steps_ms={step: [round(ms, 5) for ms in each] for step, each in steps.get(peer.name, {}).items()},
+            **more,
         )
         for peer in everyone
     ]
@@ -107,20 +125,10 @@ def run_case(case: Case, peers: Sequence[Peer], *, budget: float, progress: repo
 
 def rows(records: Sequence[report.Record]) -> str:
     """The table."""
-    lines: list[list[str] | None] = []
-    cell: tuple[Any, ...] | None = None
-    for r in records:
-        here = (r["dtype"], r["batch"])
-        if cell not in (None, here):
-            lines.append(None)
-        cell = here
-        name = r["label"] if r["system"] != "fastadapt" else f"fastadapt, {r['method']} b={r['rank_or_bottleneck']}"
-        start = [f"{r['dtype']} B={r['batch']:<3} {name}"]
-        if r["correct"] is False:
-            lines.append([*start, "WRONG", f"{r['error']:.0e}", f">{r['tolerance']:.0e}", "-", "-", "-"])
-            continue
-        times = [f"{r[f'p{p}_ms']:.1f}" for p in (20, 50, 80)]
+
+    def figures(r: report.Record) -> list[str]:
         memory = [report.megabytes(r["peak_bytes"]), report.megabytes(r["saved_bytes_per_layer"])]
-        lines.append([*start, *times, f"{r['ratio_to_bare']:.3f}", *memory])
+        return [*report.times(r, 1), f"{r['ratio_to_bare']:.3f}", *memory]
+
     headers = ("system", "p20 ms", "p50 ms", "p80 ms", "÷ full", "peak MB", "kept MB/layer")
-    return report.table(headers, lines)
+    return report.cell_table(headers, records, cell=report.cells(records), name=report.system_name, figures=figures)

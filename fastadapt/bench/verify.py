@@ -47,11 +47,11 @@ def hidden_state_distance(output: Tensor, reference: Tensor) -> Distance:
     return Distance(float(difference.norm() / size.norm()), float(per_token.max()))
 
 
-def gradient_distance(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> Distance:
-    """Of gradients by name; parts are tensors. A gradient that is missing or of another shape is infinitely wrong."""
+def tensor_distance(tensors: dict[str, Tensor], reference: dict[str, Tensor]) -> Distance:
+    """Of gradients or weights by name, which are the parts. One missing or of another shape is infinitely wrong."""
     parts = []
     for name, expected in reference.items():
-        got = gradients.get(name)
+        got = tensors.get(name)
         if got is None or got.shape != expected.shape:
             return Distance(float("inf"), float("inf"))
         parts.append((got.double() - expected.double()).norm() / expected.double().norm())

@@ -1,11 +1,10 @@
-"""torch.compile with frozen weights, of the stock model and of AdapterHub's: what a PyTorch user would try first."""
+"""torch.compile with frozen weights, of the stock model and of the peers' own: what a PyTorch user would try first."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from fastadapt.bench.peers import Inference
-from fastadapt.bench.peers.adapterhub import adapted_model
 from fastadapt.bench.setup import Setup
 
 
@@ -34,4 +33,12 @@ def stock(setup: Setup) -> Inference:
 
 
 def adapterhub(setup: Setup) -> Inference:
+    from fastadapt.bench.peers.adapterhub import adapted_model
+
+    return _compiled(setup, adapted_model(setup))
+
+
+def peft(setup: Setup) -> Inference:
+    from fastadapt.bench.peers.peft import adapted_model
+
     return _compiled(setup, adapted_model(setup))

@@ -1,60 +1,87 @@
-"""fastadapt itself: accelerated without adapters, and with the case's method."""
+"""fastadapt itself: accelerated without adapters, and with the case's method, unmerged and merged."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import dataclasses
+from collections.abc import Callable
+
+from torch import nn
 
 import fastadapt as fa
-from fastadapt.bench.peers import Inference, Training
+from fastadapt.bench.case import UserError
+from fastadapt.bench.methods.base import Tensors
+from fastadapt.bench.peers import Inference, Merging, Training
 from fastadapt.bench.peers.stock import no_grad_forward, training_step
-from fastadapt.bench.reference import ATTENTION, FFN, NORM_TENSORS, TENSORS
 from fastadapt.bench.setup import Setup
 
-NAME = "bench"
-CONFIGS = {"houlsby": fa.HoulsbyConfig, "pfeiffer": fa.PfeifferConfig, "parallel": fa.ParallelConfig}
-PATHS = {ATTENTION: "attention.output", FFN: "output"}
+NAME, OTHER = "bench", "other"
 
 
-def _install(setup: Setup) -> nn.Module:
+def install(setup: Setup) -> tuple[nn.Module, Tensors]:
+    """(a float32 model with the case's method, its parameters by name)."""
     model = setup.stock()
-    fa.adapt(model, CONFIGS[setup.case.method](bottleneck=setup.case.bottleneck), name=NAME)
-    tensors = _tensors(model, setup)
-    with torch.no_grad():
-        for (i, site), weights in setup.weights.items():
-            for name in TENSORS:
-                tensors[f"{i}.{site}.{name}"].copy_(weights[name])
-    return model
+    tensors = setup.method.adapt(model, NAME, setup.case)
+    setup.write(tensors)
+    return model, tensors
 
 
-def _tensors(model: nn.Module, setup: Setup) -> dict[str, nn.Parameter]:
-    own = dict(model.named_parameters())
-    found = {}
-    for i, site in setup.weights:
-        path = f"fastadapt.{NAME}.encoder.layer.{i}.{PATHS[site]}"
-        for name in TENSORS:
-            found[f"{i}.{site}.{name}"] = own[f"{path}.{name}"]
-        for name in NORM_TENSORS:
-            if f"{path}.{name}" in own:
-                found[f"{i}.{site}.{name}"] = own[f"{path}.{name}"]
-    return found
+def with_another(setup: Setup) -> nn.Module:
+    """As :func:`install`, ready for inference, with a second adaptation of other values; :data:`NAME` is active."""
+    model, _ = install(setup)
+    setup.write(setup.method.adapt(model, OTHER, setup.case), setup.other_weights)
+    return fa.activate(_ready(setup, model), NAME)
+
+
+def _ready(setup: Setup, model: nn.Module) -> nn.Module:
+    return model.to(setup.case.torch_dtype).eval().requires_grad_(False)
 
 
 def bare(setup: Setup) -> Inference:
-    model = setup.stock(setup.case.torch_dtype).requires_grad_(False)
-    return no_grad_forward(fa.accelerate(model), setup.ids)
+    return no_grad_forward(fa.accelerate(_ready(setup, setup.stock())), setup.ids)
 
 
 def adapted(setup: Setup) -> Inference:
-    model = _install(setup).to(setup.case.torch_dtype).eval().requires_grad_(False)
-    return no_grad_forward(model, setup.ids)
+    return no_grad_forward(_ready(setup, install(setup)[0]), setup.ids)
+
+
+def merged(setup: Setup) -> Inference:
+    return no_grad_forward(fa.merge(_ready(setup, install(setup)[0]), NAME), setup.ids)
+
+
+def swapped(setup: Setup) -> Inference:
+    """Merged by a swap from another adaptation."""
+    model = fa.merge(with_another(setup), OTHER)
+    return no_grad_forward(fa.swap(model, NAME), setup.ids)
+
+
+def merging(setup: Setup) -> Merging:
+    model = with_another(setup)
+    return Merging(
+        matrices=setup.method.matrices(model, setup.case),
+        merge=lambda: fa.merge(model, NAME),
+        swap=lambda: fa.swap(model, OTHER),
+        unmerge=lambda: fa.unmerge(model),
+    )
 
 
 def training(setup: Setup) -> Training:
-    model = _install(setup)
-    tensors = _tensors(model, setup)
+    return training_step(setup, *install(setup))
 
-    def gradients() -> dict[str, Tensor]:
-        return {name: tensor.grad for name, tensor in tensors.items()}
 
-    return training_step(setup, model, gradients)
+def undropped(setup: Setup) -> Training:
+    """AdapterDrop's step with no layer dropped."""
+    if setup.case.method != "adapterdrop":
+        raise UserError(f"undropped: serves --method adapterdrop; got {setup.case.method}")
+    whole = Setup(dataclasses.replace(setup.case, method="houlsby"), classifier=True)
+    return training_step(whole, *install(whole))
+
+
+def switching(setup: Setup) -> Callable[[], None]:
+    """From one adaptation to another and back."""
+    model = with_another(setup)
+
+    def call() -> None:
+        fa.activate(model, OTHER)
+        fa.activate(model, NAME)
+
+    return call

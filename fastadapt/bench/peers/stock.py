@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from fastadapt.bench.methods.base import Tensors
 from fastadapt.bench.peers import Inference, Training
 from fastadapt.bench.setup import Setup
 
@@ -24,27 +23,40 @@ def no_grad_forward(model: nn.Module, ids: Tensor) -> Inference:
     return Inference(call, lambda output: output)
 
 
-def training_step(setup: Setup, model: nn.Module, gradients: Callable[[], dict[str, Tensor]]) -> Training:
-    """Forward, backward and AdamW over what ``model`` trains."""
+def training_step(setup: Setup, model: nn.Module, tensors: Tensors) -> Training:
+    """Forward, backward and AdamW over what ``model`` trains; ``tensors`` are those whose gradients are judged."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
     def loss() -> Tensor:
         return setup.loss(model)
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        optimizer.step()
+    pending: list[Tensor] = []
 
-    return Training(model, step, loss, gradients)
+    def forward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        pending.append(loss())
+
+    def backward() -> None:
+        pending.pop().backward()
+
+    return Training(model, {"forward": forward, "backward": backward, "update": optimizer.step}, loss, tensors)
 
 
 def inference(setup: Setup) -> Inference:
     return no_grad_forward(setup.stock(setup.case.torch_dtype), setup.ids)
 
 
+def plain(setup: Setup) -> Inference:
+    """The case's method written out in plain PyTorch, for methods that no library has."""
+    return no_grad_forward(setup.plain(setup.case.torch_dtype).requires_grad_(False), setup.ids)
+
+
+def plain_training(setup: Setup) -> Training:
+    return training_step(setup, *setup.plain_with_tensors())
+
+
 def training(setup: Setup) -> Training:
     """Full fine-tuning."""
     model = setup.stock()
-    return training_step(setup, model, lambda: {n: p.grad for n, p in model.named_parameters()})
+    return training_step(setup, model, dict(model.named_parameters()))
