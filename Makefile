@@ -20,7 +20,9 @@ BUILD_INPUTS = pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 RESULTS = benchmarks/results
 FASTADAPT = .venv-bench/bin/python -m fastadapt
-CONDITIONS = --model bert-base --method houlsby --bottleneck 64 --layers 4 --seq 128
+MODEL = --model bert-base --layers 4 --seq 128
+CONDITIONS = $(MODEL) --method houlsby --bottleneck 64
+LORA = $(MODEL) --method lora --targets all
 
 .PHONY: bench bench-full test test-tf4 lint clean
 .DELETE_ON_ERROR:
@@ -56,6 +58,8 @@ bench: .venv-bench/stamp-$(TORCH)
 	  --json $(RESULTS)/quick-latency.json --plot $(RESULTS)/quick-latency.png
 	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 --dtype bf16 --budget 10 \
 	  --json $(RESULTS)/quick-train.json --plot $(RESULTS)/quick-train.png
+	$(FASTADAPT) bench merge $(MODEL) --rank 8 --batch 8 --dtype fp32 bf16 --cycles 20 --budget 3 \
+	  --json $(RESULTS)/quick-merge.json --plot $(RESULTS)/quick-merge.png
 
 bench-full: .venv-bench/stamp-$(TORCH)
 	.venv-bench/bin/python -m pip install -q $(PIP_FLAGS) -c .venv-bench/constraints.txt openvino
@@ -66,6 +70,16 @@ bench-full: .venv-bench/stamp-$(TORCH)
 	  --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
 	$(FASTADAPT) bench op --batch 8 128 --dtype fp32 bf16 --budget 15 \
 	  --json $(RESULTS)/op.json --plot $(RESULTS)/op.png
+	$(FASTADAPT) bench latency $(LORA) --rank 8 64 --batch 1 8 32 --dtype fp32 bf16 --budget 40 --peers peft \
+	  --json $(RESULTS)/latency_lora.json --plot $(RESULTS)/latency_lora.png
+	$(FASTADAPT) bench train $(LORA) --rank 8 --batch 8 32 --dtype fp32 bf16 --budget 60 --peers peft \
+	  --json $(RESULTS)/train_lora.json --plot $(RESULTS)/train_lora.png
+	$(FASTADAPT) bench merge $(MODEL) --rank 1 8 64 128 --targets all query,value --batch 8 32 --dtype fp32 bf16 \
+	  --merge-layers 12 --cycles 1000 --budget 15 --json $(RESULTS)/merge.json --plot $(RESULTS)/merge.png
+	$(FASTADAPT) bench methods $(MODEL) --batch 8 32 --dtype fp32 bf16 --budget 15 \
+	  --json $(RESULTS)/methods.json --plot $(RESULTS)/methods.png
+	$(FASTADAPT) bench methods --model bert-base --layers 12 --methods adapterdrop --batch 8 32 --dtype fp32 bf16 \
+	  --budget 20 --json $(RESULTS)/methods_drop.json
 	.venv-bench/bin/python benchmarks/must.py $(RESULTS)
 
 # -- tests ----------------------------------------------------------------------------------------------------------

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastadapt.bench import latency, op, plot, train
+from fastadapt.bench import compare, latency, merge, op, plot, train
 from fastadapt.bench.report import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SHOWN_VERSIONS = ("torch", "transformers", "adapters", "openvino")
-PLOTS = {"latency": "docs/latency.png", "train": "docs/train.png"}
+SHOWN_VERSIONS = ("torch", "transformers", "adapters", "peft", "openvino")
+PLOTS = {"latency": "docs/latency.png", "train": "docs/train.png", "merge": "docs/merge.png"}
 
 Records = Sequence[dict[str, Any]]
 
@@ -39,31 +39,51 @@ def output(document: dict[str, Any], rows: Callable[[Records], str]) -> str:
     return f"```text\n$ {document['command']}\n{rows(document['records'])}\n```\n\n{where(document)}\n"
 
 
-def headline(document: dict[str, Any], _: Callable[[Records], str]) -> str:
-    """Adapters on against stock without them and against AdapterHub, one row a dtype and batch."""
-    records = document["records"]
-    lines = [
-        "| dtype, batch | stock, no adapters | AdapterHub | fastadapt, adapters on |",
-        "| --- | --- | --- | --- |",
-    ]
-    for r in records:
-        if r["system"] != "stock":
-            continue
-        cells = []
-        for system in ("stock", "adapterhub", "fastadapt"):
+def compared(systems: dict[str, str]) -> Callable[..., str]:
+    """A block with a row a dtype, batch and size, and a column for each of ``systems``; the first one is the base."""
+
+    def cells_of(r: dict[str, Any], records: Records) -> Iterator[str]:
+        for system in systems:
             same = (row for row in records if row["system"] == system and row["p50_ms"] is not None)
-            row = next((row for row in same if (row["dtype"], row["batch"]) == (r["dtype"], r["batch"])), None)
-            cells.append("-" if row is None else f"{row['p50_ms']:.1f} ms ({(row['ratio_to_bare'] - 1) * 100:+.0f} %)")
-        cells[0] = cells[0].partition(" (")[0]
-        lines.append(f"| {r['dtype']} B={r['batch']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            row = next((row for row in same if all(row[key] == r[key] for key in KEYS)), None)
+            change = "" if row is None or system == r["system"] else f" ({(row['ratio_to_bare'] - 1) * 100:+.0f} %)"
+            yield "-" if row is None else f"{row['p50_ms']:.1f} ms{change}"
+
+    def block(document: dict[str, Any], _: Callable[[Records], str]) -> str:
+        records = document["records"]
+        bases = [r for r in records if r["system"] == next(iter(systems))]
+        several = len({r["rank_or_bottleneck"] for r in bases}) > 1
+        lines = [f"| dtype, {'rank, ' if several else ''}batch | {' | '.join(systems.values())} |"]
+        lines.append("| --- " * (len(systems) + 1) + "|")
+        for r in bases:
+            size = f"r={r['rank_or_bottleneck']} " if several else ""
+            cell = f"{r['dtype']} {size}B={r['batch']}"
+            lines.append(f"| {cell} | {' | '.join(cells_of(r, records))} |")
+        return "\n".join(lines) + "\n"
+
+    return block
+
+
+KEYS = ("dtype", "batch", "rank_or_bottleneck")
+HEADLINE = {"stock": "stock, no adapters", "adapterhub": "AdapterHub", "fastadapt": "fastadapt, adapters on"}
+LORA = {
+    "stock": "stock, no LoRA",
+    "peft": "PEFT",
+    "peft-merged": "PEFT, merged",
+    "fastadapt": "fastadapt",
+    "fastadapt-merged": "fastadapt, merged",
+}
 
 
 BLOCKS: dict[str, tuple[str, Callable[..., str], Callable[[Records], str]]] = {
-    "headline": ("latency", headline, latency.rows),
+    "headline": ("latency", compared(HEADLINE), latency.rows),
     "latency": ("latency", output, latency.rows),
     "train": ("train", output, train.rows),
     "op": ("op", output, op.rows),
+    "lora": ("latency_lora", compared(LORA), latency.rows),
+    "train-lora": ("train_lora", output, train.rows),
+    "merge": ("merge", output, merge.rows),
+    "methods": ("methods", output, compare.rows),
 }
 
 

@@ -19,10 +19,10 @@ import transformers
 import triton
 
 import fastadapt as fa
-from benchmarks.gpu_suite import measure, models, ops
+from benchmarks.gpu_suite import measure, merging, models, ops
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py")
+TESTS = ("tests/test_ops.py", "tests/test_lora_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py")
 TESTS_LIMIT_S = 240
 NO_GPU = 2
 
@@ -69,6 +69,9 @@ def _rows(
         p20, p50, p80 = taken.percentiles
         row = about | {"system": system, "p20_us": p20, "p50_us": p50, "p80_us": p80}
         row["ratio_to_eager"] = measure.paired_ratio(taken, times["eager"])
+        for base in ("frozen", "merged", "copy"):
+            if base in times:
+                row[f"ratio_to_{base}"] = measure.paired_ratio(taken, times[base])
         row["share_of_floor"] = None if floor_us is None else floor_us / p50
         row["wrong"] = off if system == "ours" else None
         found.append(row)
@@ -82,6 +85,9 @@ def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> list[di
     with fa.backend("triton"):
         graphs = {"ours": measure.captured(ops.step(case, lambda: ops.ours(case, t, case.p, seed), t))}
     graphs["eager"] = measure.captured(ops.step(case, lambda: ops.eager(case, t, case.p), t))
+    if case.lora:
+        plain = ("x",) if case.training else ()
+        graphs["frozen"] = measure.captured(ops.step(case, lambda: ops.frozen(case, t), t, plain))
     if case.compiled:
         compiled = torch.compile(ops.eager, mode="max-autotune-no-cudagraphs", dynamic=False)
         graphs["compiled"] = measure.captured(ops.step(case, lambda: compiled(case, t, case.p), t))
@@ -91,6 +97,17 @@ def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> list[di
         times = measure.in_turns({n: g.replay for n, g in graphs.items()}, rounds, cold=cold)
         rows += _rows(times, {"bench": case.name, "l2": "cold" if cold else "warm"}, floor, off)
     return rows
+
+
+def run_merge(case: merging.MergeCase, ceilings: measure.Ceilings, rounds: int) -> list[dict[str, Any]]:
+    """The host's work included: a merge is checked before anything is written."""
+    off = merging.wrong(case)
+    calls = merging.systems(case)
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    floor = ceilings.floor_us(*merging.work(case), case.dtype)
+    return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, floor, off)
 
 
 def run_model(case: models.ModelCase, rounds: int) -> list[dict[str, Any]]:
@@ -115,9 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which no further case begins")
     parser.add_argument("--dry-run", action="store_true", help="list the tests and cases, and run none")
     chosen = parser.parse_args(arguments)
-    op_cases, model_cases = list(ops.cases()), list(models.cases())
+    op_cases, merge_cases, model_cases = list(ops.cases()), list(merging.cases()), list(models.cases())
     if chosen.dry_run:
-        print("\n".join([*TESTS, *(c.name for c in op_cases), *(c.name for c in model_cases)]))
+        print("\n".join([*TESTS, *(c.name for c in [*op_cases, *merge_cases, *model_cases])]))
         return 0
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU is visible here, so nothing was tested or measured", file=sys.stderr)
@@ -131,6 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}
     work = [*((c.name, run_op, (c, ceilings, chosen.rounds)) for c in op_cases),
+            *((c.name, run_merge, (c, ceilings, chosen.rounds)) for c in merge_cases),
             *((c.name, run_model, (c, chosen.rounds)) for c in model_cases)]  # fmt: skip
     for name, run, args in work:
         if time.monotonic() - begun > chosen.budget:

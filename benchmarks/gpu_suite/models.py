@@ -1,7 +1,8 @@
-"""Whole BERT with adapters against stock BERT, inference and a training step."""
+"""Whole BERT with adapters or LoRAs against stock BERT and PEFT, inference and a training step."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ import fastadapt as fa
 
 @dataclass(frozen=True)
 class ModelCase:
+    """``method``: ``houlsby`` with b=64, or ``lora`` with r=8 on all six linears."""
+
+    method: str
     batch: int
     sequence: int
     training: bool
@@ -21,13 +25,36 @@ class ModelCase:
 
     @property
     def name(self) -> str:
-        return f"BERT-base {'training' if self.training else 'inference'} {self.batch}x{self.sequence} bfloat16"
+        kind = "training" if self.training else "inference"
+        return f"BERT-base {self.method} {kind} {self.batch}x{self.sequence} bfloat16"
 
 
 def cases() -> Iterator[ModelCase]:
-    for training in (False, True):
-        for batch in (1, 8, 32) if not training else (8, 32):
-            yield ModelCase(batch, 128, training, compiled=batch == 32 and not training)
+    for method in ("houlsby", "lora"):
+        for training in (False, True):
+            for batch in (1, 8, 32) if not training else (8, 32):
+                compiled = method == "houlsby" and batch == 32 and not training
+                yield ModelCase(method, batch, 128, training, compiled)
+
+
+TARGETS = {  # ours, and the full ends of PEFT's names: "output.dense" alone would be attention's as well
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "attention_output": "attention.output.dense", "intermediate": "intermediate.dense",
+    "output": r"\d+.output.dense",
+}  # fmt: skip
+
+
+def _adapted(case: ModelCase, name: str = "bench") -> torch.nn.Module:
+    if case.method == "houlsby":
+        return fa.adapt(_stock(), fa.HoulsbyConfig(bottleneck=64), name=name)
+    return fa.adapt(_stock(), fa.LoRAConfig(r=8, alpha=8, targets=tuple(TARGETS)), name=name)
+
+
+def _peft() -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    ends = "|".join(TARGETS.values())
+    return get_peft_model(_stock(), LoraConfig(r=8, lora_alpha=8, target_modules=rf".*\.({ends})"))
 
 
 def _stock() -> torch.nn.Module:
@@ -61,14 +88,21 @@ def _step(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
 
 
 def systems(case: ModelCase) -> dict[str, Callable[[], Any]]:
-    """Stock (fully fine-tuned where it trains), Houlsby b=64 fused, and stock compiled; each with its own weights."""
+    """Ours, stock (fully fine-tuned where it trains) and stock compiled, each with its own weights.
+
+    For LoRA also ours merged, and PEFT where it is installed.
+    """
 
     def placed(model: torch.nn.Module) -> torch.nn.Module:
         model = model.cuda()
         return model.train() if case.training else model.bfloat16().eval()
 
-    adapted = fa.adapt(_stock(), fa.HoulsbyConfig(bottleneck=64), name="bench")
-    found = {"ours": _step(placed(adapted), case), "eager": _step(placed(_stock()), case)}
+    found = {"ours": _step(placed(_adapted(case)), case), "eager": _step(placed(_stock()), case)}
+    if case.method == "lora":
+        if not case.training:
+            found["merged"] = _step(fa.merge(placed(_adapted(case)), "bench"), case)
+        if importlib.util.find_spec("peft") is not None:
+            found["peft"] = _step(placed(_peft()), case)
     if case.compiled:
         found["compiled"] = _step(torch.compile(placed(_stock()), mode="max-autotune-no-cudagraphs"), case)
     return found

@@ -15,9 +15,17 @@ import fastadapt as fa
 Tensors = dict[str, Tensor]
 
 
+# A batch of rows that differ in their LoRA.
+BATCH_ROWS, SLOTS = 32, 8
+
+
 @dataclass(frozen=True)
 class OpCase:
-    """One op at one shape. ``training``: forward with dropout 0.1 and backward; else forward alone."""
+    """One op at one shape. ``training``: forward with dropout 0.1 and backward; else forward alone.
+
+    ``bottleneck`` is the rank of a LoRA. ``lora`` has no dropout, ``lora dropout`` has 0.1 of what A reads, and
+    ``lora rows`` mixes eight LoRAs in a batch.
+    """
 
     op: str
     rows: int
@@ -30,11 +38,16 @@ class OpCase:
     @property
     def name(self) -> str:
         kind = "training" if self.training else "inference"
-        return f"{self.op} {kind} rows={self.rows} H={self.hidden} b={self.bottleneck} {self.dtype}"
+        width = f"{'r' if self.lora else 'b'}={self.bottleneck}"
+        return f"{self.op} {kind} rows={self.rows} H={self.hidden} {width} {self.dtype}"
+
+    @property
+    def lora(self) -> bool:
+        return self.op.startswith("lora")
 
     @property
     def p(self) -> float:
-        return 0.1 if self.training else 0.0
+        return 0.1 if self.training and self.op not in ("lora", "lora rows") else 0.0
 
 
 def cases() -> Iterator[OpCase]:
@@ -48,6 +61,12 @@ def cases() -> Iterator[OpCase]:
         for rows in (4096, 65536):
             yield OpCase("add_norm", rows, 768, 0, "bfloat16", training, rows == 65536)
             yield OpCase("linear", rows, 768, 0, "bfloat16", training, rows == 65536)
+            yield OpCase("lora", rows, 768, 16, "bfloat16", training, rows == 65536)
+            yield OpCase("lora rows", rows, 768, 8, "bfloat16", training, False)
+        yield OpCase("lora", 65536, 768, 64, "bfloat16", training, False)
+        yield OpCase("lora", 16384, 1024, 8, "float16", training, False)
+        yield OpCase("lora", 16384, 768, 16, "float32", training, False)
+    yield OpCase("lora dropout", 65536, 768, 16, "bfloat16", True, False)
 
 
 def tensors(case: OpCase, device: str = "cuda") -> Tensors:
@@ -62,6 +81,11 @@ def tensors(case: OpCase, device: str = "cuda") -> Tensors:
     if case.op == "linear":  # the feed-forward network's first layer
         made |= {"w": new(4 * h, h, std=h**-0.5), "b": new(4 * h, std=0.1), "dy": new(case.rows, 4 * h)}
         return made
+    if case.lora:
+        made |= {"w": new(h, h, std=h**-0.5), "b": new(h, std=0.1)}
+        for i in range(_loras(case)):
+            made |= {f"lora_a{i}": new(b, h, std=h**-0.5), f"lora_b{i}": new(h, b, std=b**-0.5)}
+        return made
     made |= {"gamma": new(h, std=0.1, mean=1.0), "beta": new(h, std=0.1)}
     if case.op == "bottleneck":
         made |= {"w_down": new(b, h, std=h**-0.5), "b_down": new(b, std=0.1)}
@@ -69,12 +93,25 @@ def tensors(case: OpCase, device: str = "cuda") -> Tensors:
     return made
 
 
+def _loras(case: OpCase) -> int:
+    return SLOTS if case.op == "lora rows" else 1
+
+
+def _slot_of(case: OpCase, device: torch.device) -> Tensor:
+    return torch.arange(BATCH_ROWS, device=device) % SLOTS
+
+
 # A linear's weights are frozen, and so is what a sublayer without an adapter holds.
+_LORA = ("x", "lora_a0", "lora_b0")
 TRAINED = {
     "bottleneck": ("x", "residual", "w_down", "b_down", "w_up", "b_up", "gamma", "beta"),
     "add_norm": ("x", "residual", "gamma", "beta"),
     "linear": ("x",),
+    "lora": _LORA,
+    "lora dropout": _LORA,
+    "lora rows": ("x", *(f"lora_{m}{i}" for i in range(SLOTS) for m in "ab")),
 }
+_LORA_SCALE = 2.0
 
 
 def ours(case: OpCase, t: Tensors, p: float, seed: Tensor) -> Tensor:
@@ -85,6 +122,15 @@ def ours(case: OpCase, t: Tensors, p: float, seed: Tensor) -> Tensor:
         )  # fmt: skip
     if case.op == "add_norm":
         return fa.ops.add_norm(t["x"], t["residual"], t["gamma"], t["beta"], dropout_p=p, seed=seed)
+    if case.op == "lora rows":
+        loras = [fa.ops.LowRank(t[f"lora_a{i}"], t[f"lora_b{i}"], _LORA_SCALE, slot=i) for i in range(SLOTS)]
+        x = t["x"].view(BATCH_ROWS, -1, case.hidden)
+        y = fa.ops.linear(x, t["w"], [t["b"]] * SLOTS, loras=loras, rows=_slot_of(case, t["x"].device))
+        return y.view(t["x"].shape)
+    if case.lora:
+        return fa.ops.lora_linear(
+            t["x"], t["w"], t["b"], t["lora_a0"], t["lora_b0"], scale=_LORA_SCALE, dropout_p=p, seed=seed
+        )
     return fa.ops.linear(t["x"], t["w"], t["b"], activation="gelu")
 
 
@@ -92,6 +138,8 @@ def eager(case: OpCase, t: Tensors, p: float) -> Tensor:
     """The same in plain PyTorch, with PyTorch's own dropout."""
     if case.op == "linear":
         return F.gelu(F.linear(t["x"], t["w"], t["b"]))
+    if case.lora:
+        return _peft(case, t, p)
     s = t["x"]
     if case.op == "bottleneck":
         o = F.linear(F.gelu(F.linear(t["x"], t["w_down"], t["b_down"])), t["w_up"], t["b_up"])
@@ -101,8 +149,25 @@ def eager(case: OpCase, t: Tensors, p: float) -> Tensor:
     return F.layer_norm(s, s.shape[-1:], t["gamma"], t["beta"], 1e-12)
 
 
-def step(case: OpCase, forward: Callable[[], Tensor], t: Tensors) -> Callable[[], Any]:
-    """Forward, or forward and the gradients of what trains."""
+def _peft(case: OpCase, t: Tensors, p: float) -> Tensor:
+    """PEFT's way: the linear's own output, and onto it what each LoRA gives for the rows that are its own."""
+    y = F.linear(t["x"], t["w"], t["b"])
+    if case.op != "lora rows":
+        return y + F.linear(F.linear(F.dropout(t["x"], p), t["lora_a0"]), t["lora_b0"]) * _LORA_SCALE
+    y, x = (u.view(BATCH_ROWS, -1, case.hidden) for u in (y, t["x"]))
+    for i in range(SLOTS):
+        mine = torch.arange(i, BATCH_ROWS, SLOTS, device=x.device)
+        y = y.index_add(0, mine, F.linear(F.linear(x[mine], t[f"lora_a{i}"]), t[f"lora_b{i}"]) * _LORA_SCALE)
+    return y.view(t["x"].shape)
+
+
+def frozen(case: OpCase, t: Tensors) -> Tensor:
+    """The linear that a LoRA stands at, without it: what its own cost is held against."""
+    return F.linear(t["x"], t["w"], t["b"])
+
+
+def step(case: OpCase, forward: Callable[[], Tensor], t: Tensors, trained: tuple[str, ...] = ()) -> Callable[[], Any]:
+    """Forward, or forward and the gradients of what trains (or of ``trained``)."""
     if not case.training:
 
         def inference() -> Tensor:
@@ -110,7 +175,7 @@ def step(case: OpCase, forward: Callable[[], Tensor], t: Tensors) -> Callable[[]
                 return forward()
 
         return inference
-    leaves = [t[name].requires_grad_() for name in TRAINED[case.op]]
+    leaves = [t[name].requires_grad_() for name in trained or TRAINED[case.op]]
     return lambda: torch.autograd.grad(forward(), leaves, t["dy"])
 
 
@@ -120,6 +185,9 @@ def work(case: OpCase) -> tuple[float, float]:
     t, h, b = case.rows, case.hidden, case.bottleneck
     if case.op == "linear":  # forward, and dx
         return (16.0 if case.training else 8.0) * t * h * h, (15.0 if case.training else 5.0) * t * h * size
+    if case.lora:  # the product, dx, and of each LoRA the two of forward and four of backward; x, dy in and y, dx out
+        products, low = (4.0, 12.0) if case.training else (2.0, 4.0)
+        return products * t * h * h + low * t * h * b, (5.0 if case.training else 2.0) * t * h * size
     if case.op == "add_norm":  # reads x, residual; writes y (and s); reads dy, s; writes dx, dresidual
         return 0.0, (8.0 if case.training else 3.0) * t * h * size
     if not case.training:
