@@ -1,8 +1,12 @@
 // The CUDA kernels as implementations of the ops `fastadapt_cuda::...` (fastadapt/ops/schemas.py): checks nothing that
 // the Python side has checked, allocates outputs, picks the launch. No header of CUDA's, so that every build compiles
 // it; on CPU tensors the kernels run emulated, which is how their tests reach them without a GPU.
-#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -308,8 +312,9 @@ class Remerge {
   }
 
   void set(size_t i, Update& u, const Tensor& a, const Tensor& b, double scale) {
-    const Tensor& x = sources_.emplace_back(readable(a) ? a : a.to(at::kFloat));
-    const Tensor& y = sources_.emplace_back(readable(b) ? b : b.to(at::kFloat));
+    const Tensor x = readable(a) ? a : a.to(at::kFloat), y = readable(b) ? b : b.to(at::kFloat);
+    sources_.push_back(x);  // held until the launches are made
+    sources_.push_back(y);
     u = {x.const_data_ptr(), y.const_data_ptr(), x.size(0), static_cast<float>(scale), type_of(x), type_of(y)};
     table_[i].aligned = table_[i].aligned && aligned(u.a);
   }
