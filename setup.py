@@ -49,7 +49,8 @@ CUDA_SOURCES: list[str] = [
 CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-g0"]
 # No fast math: it flushes denormals, and a merge has to come out the same to the bit in every backend.
 CUDA_FLAGS = ["-O3", "-std=c++17", "-lineinfo"]
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"  # where TORCH_CUDA_ARCH_LIST names none; never those of a GPU that happens to be here
+# Where TORCH_CUDA_ARCH_LIST names none; never those of a GPU that happens to be here.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 # What the errors below tell the reader to do about it.
 REMEDY = "Everything works without them, slower. Build them with: pip install --no-build-isolation -e ."

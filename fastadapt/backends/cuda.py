@@ -1,8 +1,8 @@
 """The CUDA C++ kernels, compiled at install time where torch has CUDA and nvcc is there.
 
 Forms for compute capability 8.0 and up: merging over a table of pointers, and the forward of the bottleneck and of
-add + LayerNorm for few rows, each in one launch. ``FASTADAPT_CUDA=emulated`` runs the same kernels on CPU tensors, block
-by block, for tests; nothing else does.
+add + LayerNorm for few rows, each in one launch. ``FASTADAPT_CUDA=emulated`` runs the same kernels on CPU tensors,
+block by block, for tests; nothing else does.
 """
 
 from __future__ import annotations
