@@ -52,7 +52,7 @@ struct MergeTile {
 template <class From, int N>
 FA_DEVICE void load_floats(const void* a, int64_t at, bool aligned, int64_t n, float (&out)[N]) {
   constexpr int kStep = kInVector<From> < N ? kInVector<From> : N;
-  const auto* p = static_cast<const typename From::Word*>(a) + at;
+  const auto* p = global(static_cast<const typename From::Word*>(a)) + at;
   if constexpr (kInVector<From> > N) {  // half a vector, so word by word (bfloat16 factors of float32 weights)
 FA_UNROLL
     for (int i = 0; i < N; ++i) out[i] = i < n ? From::value(p[i]) : 0.0f;
@@ -120,11 +120,11 @@ FA_UNROLL
   for (int j = 0; j < V / 4; ++j) {
     out[j] = 0;
     if (aligned && n >= V) {
-      out[j] = reinterpret_cast<const uint32_t*>(p)[j];
+      out[j] = global(reinterpret_cast<const uint32_t*>(p))[j];
     } else {
 FA_UNROLL
       for (int i = 0; i < 4; ++i)
-        if (4 * j + i < n) out[j] |= static_cast<uint32_t>(static_cast<uint8_t>(p[4 * j + i])) << 8 * i;
+        if (4 * j + i < n) out[j] |= static_cast<uint32_t>(static_cast<uint8_t>(global(p)[4 * j + i])) << 8 * i;
     }
   }
 }
@@ -133,11 +133,11 @@ FA_DEVICE void store_codes(int8_t* p, bool aligned, int64_t n, const uint32_t (&
 FA_UNROLL
   for (int j = 0; j < V / 4; ++j) {
     if (aligned && n >= V) {
-      reinterpret_cast<uint32_t*>(p)[j] = codes[j];
+      global(reinterpret_cast<uint32_t*>(p))[j] = codes[j];
     } else {
 FA_UNROLL
       for (int i = 0; i < 4; ++i)
-        if (4 * j + i < n) p[4 * j + i] = static_cast<int8_t>(codes[j] >> 8 * i & 0xffu);
+        if (4 * j + i < n) global(p)[4 * j + i] = static_cast<int8_t>(codes[j] >> 8 * i & 0xffu);
     }
   }
 }

@@ -38,6 +38,16 @@ FA_DEVICE uint32_t as_bits(float value) {
 #endif
 }
 
+// The same pointer, known to point to device memory: one that was read from a table could point anywhere, and the
+// accesses through it would be generic ones.
+template <class T>
+FA_DEVICE T* global(T* p) {
+#if defined(__CUDACC__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 FA_DEVICE float add(float a, float b) {
 #if defined(__CUDACC__)
   return __fadd_rn(a, b);
@@ -120,8 +130,8 @@ FA_DEVICE float rounded(float x) {
 
 // One number of any of the types.
 FA_DEVICE float load_float(Type type, const void* p, int64_t i) {
-  if (type == Type::f32) return static_cast<const float*>(p)[i];
-  const uint32_t bits = static_cast<const uint16_t*>(p)[i];
+  if (type == Type::f32) return global(static_cast<const float*>(p))[i];
+  const uint32_t bits = global(static_cast<const uint16_t*>(p))[i];
   return type == Type::bf16 ? Brain::value(bits) : Half::value(bits);
 }
 
@@ -151,22 +161,22 @@ FA_DEVICE Vector packed(const uint32_t (&words)[kInVector<Store>]) {
 template <class Store>
 FA_DEVICE Vector load_vector(const typename Store::Word* p, bool aligned, int64_t n) {
   if (n <= 0) return Vector{0, 0, 0, 0};
-  if (aligned && n >= kInVector<Store>) return *reinterpret_cast<const Vector*>(p);
+  if (aligned && n >= kInVector<Store>) return *global(reinterpret_cast<const Vector*>(p));
   uint32_t words[kInVector<Store>];
 FA_UNROLL
-  for (int i = 0; i < kInVector<Store>; ++i) words[i] = i < n ? p[i] : 0u;
+  for (int i = 0; i < kInVector<Store>; ++i) words[i] = i < n ? global(p)[i] : 0u;
   return packed<Store>(words);
 }
 template <class Store>
 FA_DEVICE void store_vector(typename Store::Word* p, const Vector& v, bool aligned, int64_t n) {
   if (n <= 0) return;
   if (aligned && n >= kInVector<Store>) {
-    *reinterpret_cast<Vector*>(p) = v;
+    *global(reinterpret_cast<Vector*>(p)) = v;
     return;
   }
 FA_UNROLL
   for (int i = 0; i < kInVector<Store>; ++i)
-    if (i < n) p[i] = static_cast<typename Store::Word>(word<Store>(v, i));
+    if (i < n) global(p)[i] = static_cast<typename Store::Word>(word<Store>(v, i));
 }
 
 // -- activations: fastadapt/ops/activations.py --------------------------------------------------------------------
