@@ -133,7 +133,7 @@ def _predicted(cases):
         "table = {row.key: row for row in t.read()[1]}\n"
         f"cases = [t.Case(*case) for case in {cases!r}]\n"
         "def told(case):\n"
-        "    works = [r.work(one, case.bottleneck) for one in t.recorded(case)]\n"
+        "    works = [r.work(one, case) for one in t.recorded(case)]\n"
         "    launches = r.predicted(case, r.DEVICES[2], table)\n"
         "    return [(*l, w.bytes, w.operations) for l, w in zip(launches, works, strict=True)]\n"
         "print(json.dumps([told(case) for case in cases]))\n"
