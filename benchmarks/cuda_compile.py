@@ -3,8 +3,8 @@
     python -m benchmarks.cuda_compile             # compile all and hold them against the committed table
     python -m benchmarks.cuda_compile --update    # write the table
 
-Registers, spills and stack are ptxas's own report; loads and arithmetic are counted in the machine code (SASS). Where no
-nvcc is found it says so and exits with 0. cuobjdump is taken from PATH, from beside nvcc, or from the Triton package.
+Registers, spills and stack are ptxas's own report; loads and arithmetic are counted in the machine code (SASS). Where
+no nvcc is found it says so and exits with 0. cuobjdump is taken from PATH, from beside nvcc, or from Triton.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
 
 A kernel takes the longer of its bytes at the memory's published bandwidth and its operations at the published peak,
 the latter stretched to whole waves of programs: a device runs processors x resident of them at once, ``resident`` from
-the tables of `benchmarks/triton_compile.py` and `benchmarks/cuda_compile.py`. Bytes are the tensors of a launch, each once; operations are those of the
-padded products, as the tiles execute them. Not in it: launches, elementwise arithmetic (GELU, Philox), tensors that
-still lie in L2, products left to the vendor's library. So it is a bound to hold a measurement against, and no
-measurement.
+the tables of `benchmarks/triton_compile.py` and `benchmarks/cuda_compile.py`. Bytes are the tensors of a launch, each
+once; operations are those of the padded products, as the tiles execute them. Not in it: launches, elementwise
+arithmetic (GELU, Philox), tensors that still lie in L2, products left to the vendor's library. So it is a bound to hold
+a measurement against, and no measurement.
 """
 
 from __future__ import annotations
