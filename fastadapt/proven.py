@@ -23,10 +23,11 @@ def table() -> dict[str, dict[str, dict[str, Any]]]:
 
 def devices(backend: str) -> str:
     """Where the backend is proven, in words; empty where it is nowhere."""
-    return "; ".join(
-        f"{entry['device']} ({architecture}, {entry['date']}): {', '.join(entry['ops'])}"
-        for architecture, entry in sorted(table().get(backend, {}).items())
-    )
+    now, found = sources(backend), []
+    for architecture, entry in sorted(table().get(backend, {}).items()):
+        changed = ", changed since" if now is not None and now != entry["sources"] else ""
+        found.append(f"{entry['device']} ({architecture}, {entry['date']}{changed}): {', '.join(entry['ops'])}")
+    return "; ".join(found)
 
 
 def sources(backend: str) -> str | None:
