@@ -33,7 +33,8 @@ def _library(name: str, attribute: str) -> Any:
         module: ModuleType = importlib.import_module(name)
         return getattr(module, attribute)
     except Exception as error:  # a library for GPUs may raise anything on import; all of it means that it is not there
-        raise AbsentError(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        first_line = (str(error).splitlines() or [""])[0]
+        raise AbsentError(f"{name}: {type(error).__name__}: {first_line}") from error
 
 
 def peft(case: OpCase, t: Tensors, p: float) -> Forward:
