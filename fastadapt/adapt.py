@@ -181,13 +181,7 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
     container = container_of(model)
     names = names_of(model, name)
     check_unrouted(model)
-    count = len(wiring.layers_of(wiring.base_of(model)))
-    try:
-        skipped = tuple(sorted(set(skip_layers)))
-    except TypeError:
-        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
-        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    skipped = layers_to_skip(model, wiring, skip_layers)
     if container is not None:
         if container.merged is not None and (names, skipped) == (
             (container.active, *container.summed),
@@ -197,6 +191,18 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
         check_unmerged(model)
         engage_names(model, wiring, names, skipped)
     return model
+
+
+def layers_to_skip(model: nn.Module, wiring: Wiring, skip_layers: Iterable[int]) -> tuple[int, ...]:
+    """``skip_layers``, checked and in order."""
+    count = len(wiring.layers_of(wiring.base_of(model)))
+    try:
+        skipped = tuple(sorted(set(skip_layers)))
+    except TypeError:
+        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
+        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    return skipped
 
 
 def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
@@ -239,12 +245,12 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
     remember_problem_type(model, container)
     chosen = [container[name] for name in names]
     adaptation = chosen[0] if chosen else None
-    prefixes = tuple(f"{wiring.layers}.{i}." for i in skipped)
+    prefixes = wiring.prefixes_of(skipped)
     actives: dict[str, Active] = {}
     running: list[Part] = []
     for each in chosen:
         for path, part in each.parts().items():
-            if not path.startswith(prefixes or ("\0",)):
+            if not path.startswith(prefixes):
                 sublayer, child = wiring.owner(path)
                 part.join(actives.setdefault(sublayer, Active()), child)
                 running.append(part)
@@ -272,7 +278,7 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
         if each.trainable:
             each.requires_grad_(True)
             for path, part in each.parts().items():
-                runs = not path.startswith(prefixes or ("\0",))
+                runs = not path.startswith(prefixes)
                 if not runs:
                     part.requires_grad_(False)
                 for site in borrowed_sites(part):

@@ -7,7 +7,7 @@ names, ``isinstance``, copies, pickles and hooks go on as before, and giving the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -112,6 +112,15 @@ class Wiring:
                     yield path, child, module._modules[child]
         for path in self.alone(base):
             yield path, "", base.get_submodule(path)
+
+    def prefixes_of(self, layers: Iterable[int]) -> tuple[str, ...]:
+        """How the paths of what lies in these layers begin."""
+        return tuple(f"{self.layers}.{i}." for i in layers)
+
+    def layer_of(self, path: str) -> int | None:
+        """The layer in which the sublayer at ``path`` lies; None outside of the layers."""
+        found = re.match(rf"{re.escape(self.layers)}\.(\d+)\.", path)
+        return None if found is None else int(found[1])
 
     def owner(self, path: str) -> tuple[str, str]:
         """(path of the sublayer in which the part at ``path`` runs, its path there)."""
