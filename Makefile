@@ -80,6 +80,12 @@ bench-full: .venv-bench/stamp-$(TORCH)
 	  --json $(RESULTS)/methods.json --plot $(RESULTS)/methods.png
 	$(FASTADAPT) bench methods --model bert-base --layers 12 --methods adapterdrop --batch 8 32 --dtype fp32 bf16 \
 	  --budget 20 --json $(RESULTS)/methods_drop.json
+	$(FASTADAPT) bench latency $(CONDITIONS) --batch 32 --dtype fp32 bf16 --tasks 8 32 --budget 20 \
+	  --json $(RESULTS)/mixed.json
+	$(FASTADAPT) bench latency $(LORA) --rank 8 --batch 32 --dtype fp32 bf16 --tasks 8 32 --budget 20 \
+	  --json $(RESULTS)/mixed_lora.json
+	$(FASTADAPT) bench latency --model bert-base --layers 12 --seq 128 --method adapterdrop --drop 5 --bottleneck 64 \
+	  --batch 8 32 --dtype fp32 bf16 --tasks 8 --same-text --budget 60 --json $(RESULTS)/shared.json
 	.venv-bench/bin/python benchmarks/must.py $(RESULTS)
 
 # -- tests ----------------------------------------------------------------------------------------------------------

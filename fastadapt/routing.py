@@ -60,7 +60,7 @@ class Routing:
         types = {t for name in self.names if (t := _problem_type(container, name)) is not None}
         self._problem_type = next(iter(types), None)
 
-    def assign(self, names: Sequence[str | None | Sequence[str | None]]) -> None:
+    def assign(self, names: Sequence[str | Sequence[str | None] | None]) -> None:
         """Give the rows other names, as many as before and of the same set, in place.
 
         A captured graph or compiled code follows without being made anew where no adapter takes the rows apart
@@ -161,7 +161,7 @@ class Routing:
 
 @contextmanager
 def route(
-    model: nn.Module, names: Sequence[str | None | Sequence[str | None]], skip_layers: Iterable[int] = ()
+    model: nn.Module, names: Sequence[str | Sequence[str | None] | None], skip_layers: Iterable[int] = ()
 ) -> Iterator[Routing]:
     """Run row i of each batch with adaptation ``names[i]``, in inference and training, while the context lasts.
 

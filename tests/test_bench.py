@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.bench import measure, merge, op, report, text, train, verify
+from fastadapt.bench import measure, merge, mixed, op, report, text, train, verify
 from fastadapt.bench.case import RANDOM_MODELS, Case, UserError, token_ids
 from fastadapt.bench.methods import METHODS
 from fastadapt.bench.methods import method as find_method
@@ -496,6 +496,36 @@ def test_must_reads_the_figures_of_loras():
     assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, fp32"] == "goal"
     assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, bf16"] == "missing"
     assert all(figure.failed for figure in must.loras([], [], []))
+
+
+def test_must_reads_the_figures_of_several_tasks():
+    must = bench_module("must")
+    mixed = [
+        {"system": system, "method": "houlsby", "dtype": "fp32", "batch": 32, "mixed_with": 8, "samples_ms": samples}
+        for system, samples in (("fastadapt", [10.0, 10.0]), ("fastadapt-mixed", [10.4, 10.4]))
+    ]
+    cell = {"method": "adapterdrop", "dtype": "bf16", "batch": 8, "mixed_with": 8, "layers": 12, "drop": 5}
+    shared = [
+        {"system": system, **cell, "samples_ms": samples}
+        for system, samples in (("fastadapt-alone", [100.0]), ("fastadapt-shared", [64.0]))
+    ]
+    verdicts = {figure.text: figure.verdict for figure in must.tasks(mixed, [], shared)}
+    assert verdicts["houlsby, 8 tasks in a batch of 32 ÷ one, fp32"] == "pass"
+    assert verdicts["8 tasks on the same 8 texts, 5 of 12 layers shared ÷ each alone, bf16"] == "goal"
+    assert sum(verdict == "missing" for verdict in verdicts.values()) == len(verdicts) - 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_tasks_are_right_and_compared_in_one_run(shared):
+    case = dataclasses.replace(CASE, method="adapterdrop", layers=2, drop=1)
+    records = mixed.run_case(case, 2, shared=shared, budget=0.0, progress=report.Progress())
+    names = ["fastadapt-alone", "fastadapt-shared"] if shared else ["fastadapt", "fastadapt-mixed"]
+    assert [r["system"] for r in records] == names
+    assert all(r["correct"] and r["samples_ms"] and r["mixed_with"] == 2 for r in records)
+    assert records[0]["ratio_to_bare"] == 1.0
+    assert [r["tasks"] for r in records] == ([2, 2] if shared else [1, 2])
+    table = mixed.rows(records)
+    assert ("÷ alone" if shared else "÷ one task") in table and all(r["label"] in table for r in records)
 
 
 def test_a_wrong_row_reaches_no_figure():
