@@ -137,7 +137,7 @@ def _(
     dy, x, z, s, w_down, w_up, activation, scale, scale_vector, skip, norm_weight, eps, dropout_p, seed, need_dx,
     need_dresidual, need_dweights, need_dnorm,
 ):  # fmt: skip
-    (rows, hidden), b = x.shape, w_down.shape[0]
+    (rows, hidden), b = dy.shape, w_down.shape[0]  # x has no rows where w_down has no gradient
     weights = [(b, hidden), (b,), (hidden, b), (hidden,)] if need_dweights else [(0,)] * 4
     norm = [(hidden,)] * 2 if need_dnorm else [(0,)] * 2
     return (
