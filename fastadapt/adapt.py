@@ -19,7 +19,7 @@ from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules import folded
 from fastadapt.modules.active import Active, Part
-from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
+from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, base_modules, container_of, own_labels
 from fastadapt.modules.step import set_hooks
 
 if TYPE_CHECKING:  # these import transformers, which importing fastadapt does not
@@ -482,7 +482,13 @@ def refresh(model: Model) -> Model:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in model.named_parameters() if not key.startswith(f"{CONTAINER}.")]
+    """(key, parameter) of all that is no adaptation's, each parameter once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return list(found.values())
 
 
 def check_owner(model: nn.Module, wiring: Wiring) -> None:

@@ -308,6 +308,21 @@ def test_a_hundred_tasks():
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model_class", [BertForSequenceClassification, BertModel])
+def test_another_task_costs_no_walk_through_those_held(model_class, monkeypatch):
+    model = make(model_class)
+    fa.adapt(model, CONFIGS["narrow"], "first")
+    fa.activate(model, None)
+    held = model.fastadapt["first"]
+
+    def walk(*_, **__):
+        raise AssertionError("a thousand tasks would be walked through for each new one")
+
+    monkeypatch.setitem(held.__dict__, "named_modules", walk)
+    for name in ("lora", "wide", "bitfit", "head" if model_class is not BertModel else "pfeiffer"):
+        fa.adapt(model, CONFIGS[name], name)
+
+
 def test_the_problem_type_is_found_in_the_batch_and_kept():
     model = adapted(["narrow", "lora"]).train()
     inputs = batch(model, rows=2, labels=True)
