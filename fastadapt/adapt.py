@@ -38,7 +38,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a Hugging Face model of a wired architecture, bare or with any head, also inside a ``PeftModel``. One
             from AdapterHub's ``adapters.init`` goes on being driven by that library: one active bottleneck adapter,
-            prefix or Fuse runs fused, anything else as it was, and ``explain`` says why.
+            LoRA or prefix, a Fuse or a BatchSplit runs fused, anything else as it was, and ``explain`` says why.
 
     Raises:
         TypeError, ValueError: for what is no such model, listing the wired architectures.
