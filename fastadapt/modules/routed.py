@@ -55,8 +55,8 @@ class Table:
         return self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
 
     def forked(self, value: Any) -> Any:
-        """A tensor that has a row a text with a row a slot instead; anything else as it is."""
-        if self.texts is None or not isinstance(value, Tensor) or value.dim() == 0:
+        """A tensor [texts, ..., ...] with a row a slot instead; anything else, positions of one text too, as it is."""
+        if self.texts is None or not isinstance(value, Tensor) or value.dim() < 2:
             return value
         if value.shape[0] != self.text_count * self.each:
             return value
