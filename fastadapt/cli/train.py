@@ -13,7 +13,7 @@ from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
     from fastadapt.training.data import Source
-    from fastadapt.training.run import Options
+    from fastadapt.training.options import Options
 
 METHODS = ("houlsby", "pfeiffer", "parallel", "lora", "bitfit", "prefix", "mam", "masked", "adapterdrop", "fusion",
            "layernorm", "head", "full")  # fmt: skip
@@ -214,8 +214,8 @@ def _machine(args: argparse.Namespace) -> None:
 
 def _options(args: argparse.Namespace) -> Options:
     """What ``args`` ask for, with the tasks' own settings told apart."""
+    from fastadapt.training.options import Files, Options
     from fastadapt.training.recipe import Size
-    from fastadapt.training.run import Files, Options
     from fastadapt.training.task import KINDS, METRICS
 
     output = Path(args.output)
