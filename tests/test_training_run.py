@@ -14,7 +14,7 @@ import fastadapt as fa
 from fastadapt.cli import main
 from fastadapt.training import base, folder
 
-FAST = ("--epochs", "4", "--batch", "16", "--lr", "1e-2", "--dtype", "fp32", "--device", "cpu")
+FAST = ("--epochs", "3", "--batch", "16", "--lr", "1e-2", "--dtype", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,8 @@ def test_every_method_learns_and_its_folder_predicts_the_same(room, tmp_path, ca
     task = report["tasks"][method]
     assert task["labels"] == ["0", "1"] and task["metric"] == "accuracy" and task["config" if extra else "kind"]
     losses = [loss for _, loss in report["stages"][0]["loss"]]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    if method not in ("head", "bitfit", "layernorm", "prefix"):  # they learn slowly on a random base
-        assert task["mean"] > 0.8
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert task["mean"] > 0.8
     if method != "full":
         assert report["base_checksum"]["before"] == report["base_checksum"]["after"]
     text = capsys.readouterr().out
@@ -118,7 +117,7 @@ def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_pat
     tasks_ += ["--task", f"topic={room / 'topic.tsv'}", "--dev", f"topic={room / 'topic-dev.tsv'}"]
     tasks_ += ["--task", f"again={room / 'mood.tsv'}", "--dev", f"again={room / 'mood-dev.tsv'}"]
     columns = ["--text", "topic=2", "--label", "topic=1", "--text", "sentence", "--label", "label"]
-    assert run(room, *tasks_, *columns, "--epochs", "8", "--method", "pfeiffer", "--bottleneck", "8", "--output",
+    assert run(room, *tasks_, *columns, "--method", "pfeiffer", "--bottleneck", "8", "--output",
                str(output)) == 0  # fmt: skip
     report = report_of(output)
     assert list(report["tasks"]) == ["mood", "topic", "again"] and len(report["stages"]) == 1
@@ -248,4 +247,4 @@ def test_groups_of_parameters():
     fa.activate(model, None)
     with pytest.raises(ValueError, match="nothing that trains"):
         fa.param_groups(model, lr=1e-3)
-    assert len(fa.param_groups(model, lr=1e-3, names=["norm"])) == 3
+    assert len(fa.param_groups(model, lr=1e-3, names=["norm"])) == 4

@@ -85,7 +85,7 @@ def _sizes(run: Run, tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Parameters of one base with all tasks, against as many full models."""
     base_count = sum(p.numel() for _, p in base.base_tensors(run.model))
     own = sum(t["parameters"]["own"] + t["parameters"]["head"] for t in tasks.values())
-    full = sum(base_count + t["parameters"]["head"] for t in tasks.values())
+    full = sum({t["task"]: base_count + t["parameters"]["head"] for t in tasks.values()}.values())
     together = own if run.options.method == "full" else base_count + own
     return {
         "base": base_count,
@@ -115,7 +115,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def sizes(report: dict[str, Any]) -> str:
     """One line: what is stored, against full models."""
-    s, count = report["size"], len(report["tasks"])
+    s, count = report["size"], len({t["task"] for t in report["tasks"].values()})
     return (
         f"{count} task{'s' if count > 1 else ''}: {s['together']:,} parameters in all, {s['together_to_base']:.3f}× "
         f"the base's {s['base']:,}; {count} full model{'s' if count > 1 else ''}: {s['full_models_to_base']:.2f}×"
