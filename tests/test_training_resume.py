@@ -17,6 +17,7 @@ import torch
 from fastadapt.cli import main
 from fastadapt.training import fit, watch
 
+# In a process of its own, which is killed where the first argument says, at the step of the second.
 KILLER = """
 import os, signal, sys
 from fastadapt.cli import main
@@ -101,6 +102,24 @@ def run(monkeypatch, argv: list[str]) -> dict:
     return found
 
 
+class Stopped(BaseException):
+    """Nothing catches it."""
+
+
+def stop(monkeypatch, step: int, argv: list[str]) -> None:
+    """Run until the end of a step and no further."""
+    after_step = watch.Watch.on_step_end
+
+    def stop_after_step(self, args, state, control, **more):
+        after_step(self, args, state, control, **more)
+        if state.global_step == step:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(watch.Watch, "on_step_end", stop_after_step)
+        main(argv)
+
+
 def same(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
@@ -126,18 +145,21 @@ def check_same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "make", "more"),
     [
-        ("step", command, ("--method", "houlsby", "--bottleneck", "8")),
-        ("step", command, ("--method", "lora", "--set", "dropout=0.2", "--seeds", "3", "4")),
-        ("step", joint, ("--method", "adapterdrop", "--bottleneck", "8")),
+        ("step", joint, ("--method", "houlsby", "--bottleneck", "8", "--set", "drop=mode=robust")),
         ("save", command, ("--method", "masked", "--bottleneck", "8", "--accumulate", "2")),
+        ("stop", command, ("--method", "lora", "--set", "dropout=0.2", "--seeds", "3", "4")),
+        ("stop", command, ("--method", "full", "--lr", "3e-4")),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_numbers(room, tmp_path, monkeypatch, where, make, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = run(monkeypatch, make(room, whole, *more))
     step = 8 if where == "save" else random.Random().randrange(5, expected["steps"])
-    done = subprocess.run([sys.executable, "-c", KILLER, where, str(step), *make(room, killed, *more)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    if where == "stop":  # as a kill, for the folder: nothing is cleaned up
+        stop(monkeypatch, step, make(room, killed, *more))
+    else:
+        argv = [sys.executable, "-c", KILLER, where, str(step), *make(room, killed, *more)]
+        assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
     sealed = sorted((killed / "checkpoints").rglob("complete.json"))
     assert len(sealed) == 1, f"killed at step {step}"
     got = run(monkeypatch, [*make(room, killed, *more), "--resume"])
@@ -187,11 +209,10 @@ def test_another_runs_folder_is_refused(room, tmp_path, capsys):
     assert "something else" in refused(capsys, command(room, stranger))
 
 
-def test_a_checkpoint_of_another_run_is_refused(room, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_is_refused(room, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     for output, more in ((first, ("--seeds", "1")), (second, ("--seeds", "2"))):
-        argv = [sys.executable, "-c", KILLER, "step", "9", *command(room, output, *more)]
-        assert subprocess.run(argv, check=False).returncode == -signal.SIGKILL
+        stop(monkeypatch, 9, command(room, output, *more))
     (second / "checkpoints").rename(second / "old")
     (first / "checkpoints").rename(second / "checkpoints")
     (second / "checkpoints" / "seed-1").rename(second / "checkpoints" / "seed-2")
