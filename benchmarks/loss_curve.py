@@ -1,4 +1,4 @@
-"""The loss curve of training with the fused sublayers against the reference backend: the same weights, batches, dropout.
+"""The loss curve of the fused sublayers against the reference backend: the same weights, batches and dropout.
 
     python benchmarks/loss_curve.py --model FOLDER --train FILE.tsv [--text COLUMN --label COLUMN] [--steps 200]
 

@@ -194,6 +194,16 @@ def test_bad_requests_are_one_line_and_train_nothing(room, monkeypatch, capsys, 
     assert not (room / "out").exists()
 
 
+def test_a_missing_package_is_told_before_training(room, monkeypatch, capsys):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    assert main([*argv(room), "--tensorboard"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "--tensorboard: needs tensorboard: pip install tensorboard" in line and not (room / "out").exists()
+
+
 def test_tasks_and_their_settings_are_told_apart(room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     base = ["train", "--model", "bert", "--output", "out", "--task", "a=mood.tsv", "--task", "b=mood.tsv"]

@@ -185,6 +185,17 @@ def test_early_stopping_stops_and_keeps_the_best(room, tmp_path):
     assert stage["scores"]["mood"]["step"] <= stage["steps"]
 
 
+@pytest.mark.parametrize("more", [("--epochs", "1"), ("--epochs", "40", "--lr", "1e-9", "--patience", "2")])
+def test_a_run_stopped_between_its_last_step_and_its_result_is_not_trained_on(room, tmp_path, monkeypatch, more):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main([*command(room, whole), *more]) == 0
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(fit.TaskTrainer, "keep_best", lambda self: (_ for _ in ()).throw(Stopped))
+        main([*command(room, stopped), *more])
+    assert main([*command(room, stopped, "--resume"), *more]) == 0
+    check_same(whole, stopped)
+
+
 def refused(capsys, argv: list[str]) -> str:
     capsys.readouterr()
     assert main(argv) == 2

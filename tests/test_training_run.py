@@ -50,6 +50,7 @@ def predicted(room: Path, output: Path, *argv: str) -> list[dict]:
     ("method", "extra"),
     [
         ("houlsby", ["--bottleneck", "8"]),
+        ("houlsby", ["--dtype", "bf16"]),
         ("pfeiffer", []),
         ("parallel", []),
         ("lora", ["--targets", "all", "--set", "dropout=0.1"]),
@@ -111,14 +112,14 @@ def test_a_regression_of_two_texts(room, tmp_path):
     assert len(rows) == 48 and all(isinstance(row["label"], float) for row in rows)
 
 
-def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path):
+@pytest.mark.parametrize("method", ["pfeiffer", "masked"])
+def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path, method):
     output = tmp_path / "joint"
     tasks_ = ["--task", f"mood={room / 'mood.tsv'}", "--dev", f"mood={room / 'mood-dev.tsv'}"]
     tasks_ += ["--task", f"topic={room / 'topic.tsv'}", "--dev", f"topic={room / 'topic-dev.tsv'}"]
     tasks_ += ["--task", f"again={room / 'mood.tsv'}", "--dev", f"again={room / 'mood-dev.tsv'}"]
     columns = ["--text", "topic=2", "--label", "topic=1", "--text", "sentence", "--label", "label"]
-    assert run(room, *tasks_, *columns, "--method", "pfeiffer", "--bottleneck", "8", "--output",
-               str(output)) == 0  # fmt: skip
+    assert run(room, *tasks_, *columns, "--method", method, "--bottleneck", "8", "--output", str(output)) == 0
     report = report_of(output)
     assert list(report["tasks"]) == ["mood", "topic", "again"] and len(report["stages"]) == 1
     assert all(task["mean"] > 0.8 for task in report["tasks"].values())
@@ -207,7 +208,7 @@ def test_the_folder_loads_in_adapterhub(room, tmp_path):
     saved = folder.read(output)
     plain, _ = base.load_model(str(room / "bert"), 2)
     adapters.init(plain)
-    name = plain.load_adapter(str(output))
+    name = plain.load_adapter(str(output), use_safetensors=True)
     plain.set_active_adapters(name)
     ours = folder.open_base(saved, output, None)
     folder.load(ours, output, saved, "mood")

@@ -190,6 +190,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     for stage in report["stages"]:
         style = styles[seeds.index(stage["seed"]) % len(styles)]
         color = by_label.setdefault(stage["label"], colors[len(by_label) % len(colors)])
+        if len(stage["dev"]) > 1:  # tasks take turns, so neighbours are of different ones
+            stage = {**stage, "loss": _smooth(stage["loss"])}
         if stage["loss"]:
             left.plot(*zip(*stage["loss"], strict=True), style, color=color, linewidth=1.2,
                       label=f"{stage['label']}, seed {stage['seed']}")  # fmt: skip
@@ -219,3 +221,13 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         plt.close(figure)
+
+
+def _smooth(curve: list[list[float]]) -> list[list[float]]:
+    """The mean of each value and those before it, a tenth of the curve at most."""
+    width = max(1, len(curve) // 10)
+    means = []
+    for i, (step, _) in enumerate(curve):
+        window = curve[max(0, i + 1 - width) : i + 1]
+        means.append([step, statistics.fmean(loss for _, loss in window)])
+    return means
