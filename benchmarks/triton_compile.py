@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastadapt.backends.triton import bottleneck, launch, linear, lora, norm
+from fastadapt.backends.triton import bottleneck, bottleneck_rows, launch, linear, lora, norm
 
 TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
@@ -143,6 +143,26 @@ def _linear(case: Case, forward: bool) -> None:
         linear.backward(new(t, 4 * h), new(t, 4 * h), [new(4 * h, h)], "gelu", 0.0, None, True, True)
 
 
+def _bottleneck_rows(case: Case, forward: bool) -> None:
+    """As many slots as the last without an adapter, each of the others with one of this width."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
+
+    t, h, b, own = case.rows, case.hidden, case.bottleneck, SLOTS - 1
+    rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta")
+    w_down, w_up, norm = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None], [new(h)] * SLOTS
+    vectors, how = [None] * SLOTS, (["gelu"] * SLOTS, [1.0] * SLOTS, [True] * SLOTS, [False] * SLOTS, 1e-12,
+                                    [0.1] * SLOTS, torch.empty((), dtype=torch.int64, device="meta"))  # fmt: skip
+    x, residual, s = (new(t, h) for _ in range(3))
+    if forward:
+        b_down, b_up = [*(new(b) for _ in range(own)), None], [*(new(h) for _ in range(own)), None]
+        bottleneck_rows.forward(x, residual, rows, w_down, b_down, w_up, b_up, vectors, norm, norm, *how, True)
+    else:
+        bottleneck_rows.backward(x, x, residual, new(t, b), s, rows, w_down, w_up, vectors, norm, *how, True, True,
+                                 [True] * SLOTS, [True] * SLOTS)  # fmt: skip
+
+
 # The linears of a layer as (depth, widths) in hidden sizes.
 LINEARS = {"square": (1, (1,)), "qkv": (1, (1, 1, 1)), "wide": (1, (4,)), "deep": (4, (1,))}
 
@@ -176,6 +196,8 @@ OPS: dict[str, Callable[[Case], None]] = {
     "bottleneck backward": lambda case: _bottleneck(case, forward=False, training=True),
     "bottleneck autocast training": lambda case: _bottleneck(case, True, True, "float32"),
     "bottleneck autocast backward": lambda case: _bottleneck(case, False, True, "float32"),
+    "bottleneck rows training": lambda case: _bottleneck_rows(case, forward=True),
+    "bottleneck rows backward": lambda case: _bottleneck_rows(case, forward=False),
     "add_norm training": lambda case: _add_norm(case, forward=True),
     "add_norm backward": lambda case: _add_norm(case, forward=False),
     "linear training": lambda case: _linear(case, forward=True),

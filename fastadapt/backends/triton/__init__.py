@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.backends.triton import bottleneck, launch, linear, lora, merge, norm
+from fastadapt.backends.triton import bottleneck, bottleneck_rows, launch, linear, lora, merge, norm
 from fastadapt.backends.triton.numeric import INTERPRETED
 from fastadapt.ops.schemas import library
 
@@ -25,8 +25,6 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return "PyTorch's own scaled_dot_product_attention serves attention on a GPU"
     if op == "drop":
         return "PyTorch's own dropout serves on a GPU where nothing is fused with it"
-    if op.startswith("bottleneck_rows"):
-        return "no Triton kernel has bottlenecks that differ from row to row"
     if dtype not in _DTYPES:
         return f"no Triton kernels in {str(dtype).removeprefix('torch.')}; there are in float32, bfloat16 and float16"
     if facts.get("bottleneck", 0) > _WIDEST_BOTTLENECK:
@@ -54,6 +52,8 @@ def _served(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 bottleneck_forward = _served("bottleneck_forward", bottleneck.forward)
 bottleneck_backward = _served("bottleneck_backward", bottleneck.backward)
+bottleneck_rows_forward = _served("bottleneck_rows_forward", bottleneck_rows.forward)
+bottleneck_rows_backward = _served("bottleneck_rows_backward", bottleneck_rows.backward)
 add_norm_forward = _served("add_norm_forward", norm.forward)
 add_norm_backward = _served("add_norm_backward", norm.backward)
 linear_forward = _served("linear_forward", linear.forward)

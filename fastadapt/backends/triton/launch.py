@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -324,6 +324,48 @@ def lora_weights(
     chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
     splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
     return LowRankWeightTile(step, cols, width, warps, stages, chunk, chunks_a_row, chunks_a_split, splits)
+
+
+# -- bottlenecks that differ from row to row -----------------------------------------------------------------------
+
+
+def bottleneck_routed(
+    arch: Architecture, rows: int, batch_rows: int, bottleneck: int, bytes_: int, weight_bytes: int, *, backward: bool
+) -> RowTile:
+    """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross."""
+    tile = bottleneck_rows(arch, rows * batch_rows, bottleneck, bytes_, weight_bytes, backward=backward)
+    return replace(tile, rows=min(tile.rows, power_of_two(rows)))
+
+
+@dataclass(frozen=True)
+class RoutedWeightTile:
+    """As :class:`WeightTile` for one slot's adapter; a split is some chunks of rows, ``rows`` a step."""
+
+    rows: int
+    cols: int
+    bottleneck: int
+    warps: int
+    stages: int
+    chunk: int  # rows of a chunk, which lies within a batch row
+    chunks_a_row: int
+    chunks_a_split: int
+    splits: int
+
+
+def routed_weights(
+    arch: Architecture, rows: int, batch_rows: int, hidden: int, slots: int, bottleneck: int, bytes_: int
+) -> RoutedWeightTile:
+    """Tile of the weight gradients of all slots' adapters; splits fill the processors twice, and no more."""
+    tile = bottleneck_weights(arch, rows * batch_rows, hidden, bottleneck, bytes_)
+    programs = triton.cdiv(hidden, tile.cols) * triton.cdiv(bottleneck, tile.bottleneck) * slots
+    wanted = triton.cdiv(2 * arch.processors, programs)
+    chunks_a_row = max(1, min(triton.cdiv(wanted, batch_rows), triton.cdiv(rows, tile.rows)))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks_a_row), tile.rows) * tile.rows
+    chunks_a_row = triton.cdiv(rows, chunk)
+    chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
+    splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
+    return RoutedWeightTile(tile.rows, tile.cols, tile.bottleneck, tile.warps, tile.stages, chunk, chunks_a_row,
+                            chunks_a_split, splits)  # fmt: skip
 
 
 # -- merging -----------------------------------------------------------------------------------------------------
