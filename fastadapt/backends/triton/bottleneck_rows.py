@@ -183,8 +183,9 @@ def forward_kernel(
             z += rounded(_vector(vectors, offset, neuron, exists, 0.0, 1), dtype).to(tl.float32)[None, :]
         z = rounded(z, dtype)
         if SAVE:
-            at = row[:, None] * WIDEST + neuron[None, :]
-            tl.store(z_out + at, tl.where(exists[None, :], z, 0.0).to(dtype), mask=within[:, None] & (neuron < WIDEST)[None, :])
+            at_neuron = row[:, None] * WIDEST + neuron[None, :]
+            stored = within[:, None] & (neuron < WIDEST)[None, :]
+            tl.store(z_out + at_neuron, tl.where(exists[None, :], z, 0.0).to(dtype), mask=stored)
         # σ(0) may be more than 0: neurons that do not exist are cleared after it.
         active = activate_one(z.to(tl.float32), tl.load(entry + _ACTIVATION), ACTIVATIONS)
         a = rounded(tl.where(exists[None, :], active, 0.0), dtype)

@@ -368,6 +368,29 @@ def routed_weights(
                             chunks_a_split, splits)  # fmt: skip
 
 
+# -- mixing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MixTile:
+    """A program holds ``rows`` rows of ``adapters`` by ``width`` elements."""
+
+    rows: int
+    adapters: int
+    width: int
+    warps: int
+
+
+def mix_rows(arch: Architecture, rows: int, adapters: int, bottleneck: int, *, backward: bool) -> MixTile:
+    """Sixteen elements a thread of each of two tiles, or in backward eight of each of three."""
+    count, width = triton.next_power_of_2(adapters), triton.next_power_of_2(bottleneck)
+    if arch is INTERPRETER:
+        return MixTile(64, count, width, 1)
+    elements = count * width
+    warps = 4 if elements <= 2048 else 8
+    return MixTile(max(1, warps * 32 * (8 if backward else 16) // elements), count, width, warps)
+
+
 # -- merging -----------------------------------------------------------------------------------------------------
 
 
