@@ -226,7 +226,7 @@ def test_bfloat16_and_the_reference():
 
 def test_explain_names_the_products():
     rows = [r.op for r in fa.explain(mixed()).rows if r.path == "encoder.layer.1.output"]
-    assert rows == ["linear", "add_norm", "linear", "linear", "linear", "add_norm"]
+    assert rows == ["linear", "add_norm", "linear", "linear", "mix", "linear", "add_norm"]
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,12 @@ def _weights(sigma: Tensor, g: Tensor, c: Tensor, shift: Tensor | None, dropout_
 def mix_forward(sigma, t, shift, count, dropout_p, seed):
     """The oracle of every backend; see :mod:`fastadapt.ops.schemas` for the contract."""
     g, c = _parts(t, count)
-    p = _weights(sigma.unflatten(1, (count, -1)), g, c, shift, dropout_p, seed)
-    m = torch.empty_like(t)
+    wide = sigma.to(g.dtype).unflatten(1, (count, -1))  # once: products of two dtypes take longer than the cast
+    p = _weights(wide, g, c, shift, dropout_p, seed)
+    m = torch.empty(t.shape, dtype=g.dtype, device=t.device)
     m[:, -count:] = p
-    torch.mul(sigma.unflatten(1, (count, -1)), p[..., None], out=m[:, :-count].unflatten(1, (count, -1)))
-    return m
+    torch.mul(wide, p[..., None], out=m[:, :-count].unflatten(1, (count, -1)))
+    return m.to(t.dtype)
 
 
 def mix_backward(dm, sigma, t, shift, count, dropout_p, seed):
