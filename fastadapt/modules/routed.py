@@ -36,6 +36,7 @@ class Table:
         self.slots, self.steps = list(slots), list(steps)
         self.rows = torch.tensor(self.slots, dtype=torch.int64).to(device, non_blocking=True)
         self.inference_only: str | None = None  # why, where something can't train
+        self.was_split = False  # whether the host ever took the rows apart, so that captured code holds their slots
         self.pieces: tuple[list[int], Tensor] | None = None  # without padding: the batch row of every piece of x
         self.each = 1  # rows of the base's batch for one of the model's: the choices of a multiple-choice model
 
@@ -63,6 +64,7 @@ class Table:
 
         Made on the host, where the slots are known, so that nobody waits for the device.
         """
+        self.was_split = True
         slots = torch.tensor(self.slots, dtype=torch.int64).repeat_interleave(self.each)
         if self.pieces is not None:
             slots = slots[self.pieces[0]]

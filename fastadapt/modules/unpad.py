@@ -160,6 +160,7 @@ class FusedEncoder(FusedSublayer):
     others: Sequence[nn.Module] = ()  # what else of the layers may be fused
     noted: Tensor | None = None  # the mask of the running forward
     head_reads_padding: bool = False
+    keeps_padding: bool = False  # while a graph is captured, whose shapes are fixed
 
     def refusal(self) -> str | None:
         return None  # the original forward is what runs the layers, with padding or without
@@ -251,7 +252,7 @@ class NoteMask:
         self.encoder = encoder
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.encoder.keeps_padding:
             return
         self.encoder.__dict__.pop("noted", None)
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
