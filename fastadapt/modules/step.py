@@ -42,6 +42,11 @@ class Step:
         self.first, self.live = 0, None
         if self.drop is None or not base.training:
             return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"AdapterDrop(mode={self.drop.mode!r}) draws on the host in every forward, which a CUDA graph does not "
+                "repeat; accepted is an adaptation without it, or a forward outside of a capture"
+            )
         if self.drop.mode == "robust":
             self.first = _on_all_ranks(torch.randint(self.layers, ()), next(base.parameters()).device)
         elif self.drop.mode == "independent":
