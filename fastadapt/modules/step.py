@@ -210,16 +210,23 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     if container is None or container.active is None:
         return None
     container.loss_waits = False
-    running = [p for name in (container.active, *container.summed) for p in container[name].parts().values()]
-    summed = [loss for part in running if not part.averaged and (loss := part.take_loss()) is not None]
-    averaged = {part: loss for part in running if part.averaged and (loss := part.take_loss()) is not None}
-    total = sum(summed[1:], summed[0]) if summed else None
+    total: Tensor | None = None
+    averaged: list[Tensor] = []
+    step: Step | None = None
+    for name in (container.active, *container.summed):
+        for part in container[name].parts().values():
+            loss = part.take_loss()
+            if loss is None:
+                continue
+            if part.averaged:
+                averaged.append(loss)
+                step = part.step
+            else:
+                total = loss if total is None else total + loss
     if averaged:
-        losses = list(averaged.values())
-        mean = sum(losses[1:], losses[0]) / len(losses)
+        mean = sum(averaged[1:], averaged[0]) / len(averaged)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            step = next(iter(averaged)).step
-            mean = _Weighed.apply(torch.zeros((), requires_grad=True), mean, step, len(losses))
+            mean = _Weighed.apply(torch.zeros((), requires_grad=True), mean, step, len(averaged))
         total = mean if total is None else total + mean
     return total
 
