@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastadapt as fa
 from tests.tiny import make, shake
@@ -210,7 +210,7 @@ def test_grad_scaler(method):
     """A power of two scales every term of the loss, and unscaling leaves no trace; an overflow skips the step."""
     inputs = stacked(examples(4))
 
-    def step(scaler: torch.amp.GradScaler, factor: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def step(scaler: torch.amp.GradScaler, factor: float = 1.0) -> tuple[dict[str, torch.Tensor], ...]:
         model = adapted(method)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         torch.manual_seed(4)
