@@ -34,6 +34,7 @@ from fastadapt.dispatch import backend
 from fastadapt.merging import merge, swap, unmerge
 from fastadapt.modules.lora_linear import LoRALinear
 from fastadapt.modules.step import auxiliary_loss
+from fastadapt.optim import param_groups
 from fastadapt.report import explain, parameter_report
 from fastadapt.routing import route
 
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "param_groups",
     "parameter_report",
     "refresh",
     "remove",
