@@ -80,7 +80,9 @@ def in_ddp(method: str, rank: int, **options: Any) -> dict[str, Any]:
 def in_trainer(folder: Path, **options: Any) -> tuple[nn.Module, Trainer]:
     model = adapted("houlsby", dropout=0.0)
     defaults = {"max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-                "use_cpu": True, "disable_tqdm": True, "optim": "sgd"}  # fmt: skip
+                "use_cpu": True, "disable_tqdm": True, "optim": "sgd",
+                # BERT's loss is a mean over rows; transformers 5 takes it for a sum over tokens of all processes.
+                "average_tokens_across_devices": False}  # fmt: skip
     trainer = Trainer(model, TrainingArguments(str(folder), **{**defaults, **options}), train_dataset=full_rows())
     trainer.train()
     return model, trainer

@@ -53,15 +53,20 @@ def fit(
     _train(trainer, checkpoint)
     trainer.keep_best()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast's wrapper, round forward
+    return found(trainer, watch, label)
+
+
+def found(trainer: TaskTrainer, watch: Watch, label: str) -> dict[str, Any]:
+    """What a finished training found, for the report."""
     history = trainer.state.log_history
     epochs = trainer.state.epoch or 0.0
     steps = trainer.state.global_step
     return {
         "label": label,
-        "seed": seed,
+        "seed": trainer.args.seed,
         "scores": trainer.best.scores,
         "loss": [[row["step"], row["loss"]] for row in history if "loss" in row],
-        "dev": _dev_curves(history, units),
+        "dev": _dev_curves(history, trainer.units),
         "steps": steps,
         "epochs": epochs,
         "seconds_a_step": watch.seconds / watch.steps if watch.steps else None,

@@ -71,7 +71,7 @@ def finish(run: Run, results: dict[int, list[dict[str, Any]]]) -> dict[str, Any]
         else:
             _draw(report, options.output / PLOT)
         checkpoints.write_json(options.output / REPORT, report)
-        _write_text(options.output / TEXT, text(report, (options.output / PLOT).is_file()))
+        write_text(options.output / TEXT, text(report, (options.output / PLOT).is_file()))
     return report
 
 
@@ -166,7 +166,7 @@ def text(report: dict[str, Any], plot: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str) -> None:
     try:
         path.write_text(content, encoding="utf-8")
     except OSError as error:

@@ -55,7 +55,8 @@ def prepare(options: Options) -> list[Prepared]:
     return prepared
 
 
-def _tokenized(prepared: Sequence[Prepared], tokenizer: Any, limit: int) -> list[Prepared]:
+def tokenized(prepared: Sequence[Prepared], tokenizer: Any, limit: int) -> list[Prepared]:
+    """The same with token ids; ``limit`` is how many a row may have."""
     done = []
     for number, item in enumerate(prepared):
         cut = item.task.max_length
@@ -125,7 +126,7 @@ def train(options: Options, progress: Progress | None = None) -> dict[str, Any]:
         progress.step(f"{t.name}: {len(item.train_rows)} rows to train, {len(item.dev_rows)} dev, {what}, {t.metric}")
     tokenizer = base.load_tokenizer(options.model)
     model, extra = base.load_model(options.model, prepared[0].task.width)
-    prepared = _tokenized(prepared, tokenizer, longest(tokenizer, model.config))
+    prepared = tokenized(prepared, tokenizer, longest(tokenizer, model.config))
     run = Run(options, prepared, tokenizer, model, tuple(extra), progress)
     mark = enter(options, identity_of(options, run.base_before))
     results = run.seeds(mark)
@@ -219,7 +220,7 @@ class Run:
                 result["notes"] += folder.write(self.model, name, saved, self.tokenizer, where[task.name])
             state = checkpoints.trained_state(self.model, name)
             result["checksums"][name or task.name] = base.checksum(sorted(state.items()))
-        result["parameters"] = _counts(self.model, stage)
+        result["parameters"] = counts(self.model, stage)
         if self.main():
             checkpoints.write_json(done, result)
             shutil.rmtree(checkpoint_folder(self.options, seed, stage.label), ignore_errors=True)
@@ -236,7 +237,8 @@ class Run:
                     raise RuntimeError(f"{name!r} was changed by a later task")
 
 
-def _counts(model: nn.Module, stage: Stage) -> dict[str, Any]:
+def counts(model: nn.Module, stage: Stage) -> dict[str, Any]:
+    """Parameters of the base and of each of the stage's tasks."""
     report = fa.parameter_report(model)
     if stage.members[0][0] is None:
         return {"base": report.total, "tasks": {stage.label: {"own": report.total, "head": 0, "share": 1.0}}}
