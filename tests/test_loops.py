@@ -94,7 +94,8 @@ def test_trainer(method, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     losses, after = trained(model, tmp_path, optim="sgd", learning_rate=0.1)
-    assert {name for name in after if not torch.equal(after[name], before[name])} == trains
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved <= trains and all("key.bias" in name for name in trains - moved)  # of which softmax takes no notice
     with fa.backend("reference"):
         expected_losses, expected = trained(adapted(method), tmp_path, optim="sgd", learning_rate=0.1)
     assert losses == pytest.approx(expected_losses, rel=2e-5) and len(losses) == 3

@@ -58,9 +58,7 @@ def differences(cells: Sequence[Record]) -> list[float]:
     if not seeds:
         return []
     best = best_sizes(cells, seeds)
-    return [
-        statistics.fmean(score(cells, t, best[t], s) - score(cells, t, FULL, s) for t in best) for s in seeds
-    ]
+    return [statistics.fmean(score(cells, t, best[t], s) - score(cells, t, FULL, s) for t in best) for s in seeds]
 
 
 def fixed_below_best(cells: Sequence[Record]) -> float | None:

@@ -36,12 +36,13 @@ def epoch(plan: Plan, task: str) -> list[Batch]:
     collate = Collator(tokenizer, [None])
     sampler = TaskBatches(lengths, [0] * len(lengths), plan.batch, 0, lambda: 0)
     batches = [collate([item.train[i] for i in rows]) for rows in sampler]
-    return [{k: v for k, v in batch.items() if k != "names"} for batch in batches]
+    # Every system has a head of two outputs, and a step takes as long whatever the classes are.
+    return [{k: v.long() % 2 if k == "labels" else v for k, v in b.items() if k != "names"} for b in batches]
 
 
 def ours(plan: Plan, variant: Variant) -> nn.Module:
     """The model that ``fastadapt train`` trains."""
-    model = load_model(Case(model=plan.model), classifier=True, dropout=0.1)
+    model = load_model(Case(model=plan.model, seq=16), classifier=True, dropout=0.1)
     if variant.method != FULL:
         fa.adapt(model, recipe.configuration(variant.method, variant.size))
     return model
@@ -50,7 +51,7 @@ def ours(plan: Plan, variant: Variant) -> nn.Module:
 def theirs(plan: Plan, variant: Variant) -> nn.Module | None:
     """The peer's model of the same method and size; None where there is none, or it is not installed."""
     if variant.peer == "stock":
-        model = load_model(Case(model=plan.model), classifier=True, dropout=0.1)
+        model = load_model(Case(model=plan.model, seq=16), classifier=True, dropout=0.1)
         for key, parameter in model.named_parameters():
             of_method = variant.method == "bitfit" and key.endswith("bias")
             parameter.requires_grad_(of_method or key.startswith("classifier."))
@@ -58,7 +59,7 @@ def theirs(plan: Plan, variant: Variant) -> nn.Module | None:
     if variant.peer is None or PEERS[variant.peer].missing() is not None:
         return None
     method, fields = variant.bench
-    setup = Setup(Case(model=plan.model, method=method, dropout=0.1, **fields), classifier=True)
+    setup = Setup(Case(model=plan.model, seq=16, method=method, dropout=0.1, **fields), classifier=True)
     try:
         return PEERS[variant.peer].setup("training", setup).model
     except UserError:  # a size that it has not
