@@ -15,11 +15,11 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 GOOD, BAD = ("fine", "warm", "wise"), ("dull", "cold", "slow")
 PLACES, FOODS, BEASTS = ("town", "river"), ("bread", "soup"), ("horse", "wolf")
-FILL = ("the", "a", "film", "is", "very", "and", "so", "it", "was", "now")
+FILL = ("the", "film", "is", "so")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *PLACES, *FOODS, *BEASTS, *FILL)
 
 
-def make_base(folder: Path, *, pooler: bool = True, seed: int = 0) -> Path:
+def make_base(folder: Path, *, pooler: bool = True, seed: int = 0, taught: bool = True) -> Path:
     """A folder that ``from_pretrained`` reads: a BERT of two layers and its tokenizer."""
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
@@ -36,8 +36,27 @@ def make_base(folder: Path, *, pooler: bool = True, seed: int = 0) -> Path:
         vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=40, initializer_range=0.2,
     )  # fmt: skip
-    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
+    model = BertModel(config, add_pooling_layer=pooler)
+    if taught:
+        _teach(model)
+    model.save_pretrained(folder)
     return folder
+
+
+def _teach(model: BertModel) -> None:
+    """A pretrained model's part: [CLS] says which kind of word is in the sentence. Adapters then learn in few steps."""
+    kinds = (GOOD, BAD, PLACES, FOODS, BEASTS)
+    rng = random.Random(7)
+    head = torch.nn.Linear(32, len(kinds))
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=3e-3)
+    for _ in range(80):
+        labels = [rng.randrange(len(kinds)) for _ in range(32)]
+        sentences = [_sentence(rng, kinds[k], 4).split() for k in labels]
+        ids = torch.tensor([[2, *(WORDS.index(word) for word in words), 3] for words in sentences])
+        state = model(ids).last_hidden_state[:, 0] if model.pooler is None else model(ids).pooler_output
+        torch.nn.functional.cross_entropy(head(state), torch.tensor(labels)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _sentence(rng: random.Random, words: tuple[str, ...], length: int) -> str:
@@ -51,7 +70,7 @@ def write_mood(folder: Path, name: str, rows: int, seed: int) -> Path:
     rng = random.Random(seed)
     lines = ["sentence\tlabel"]
     for i in range(rows):
-        lines.append(f"{_sentence(rng, (BAD, GOOD)[i % 2], rng.randint(3, 9))}\t{i % 2}")
+        lines.append(f"{_sentence(rng, (BAD, GOOD)[i % 2], rng.randint(1, 5))}\t{i % 2}")
     path = folder / f"{name}.tsv"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -64,7 +83,7 @@ def write_topic(folder: Path, name: str, rows: int, seed: int) -> Path:
     lines = []
     for i in range(rows):
         label = list(kinds)[i % 3]
-        lines.append(f"{label}\t{_sentence(rng, kinds[label], rng.randint(3, 9))}")
+        lines.append(f"{label}\t{_sentence(rng, kinds[label], rng.randint(1, 5))}")
     path = folder / f"{name}.tsv"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -76,7 +95,7 @@ def write_pairs(folder: Path, name: str, rows: int, seed: int) -> Path:
     with (folder / f"{name}.jsonl").open("w") as stream:
         for _ in range(rows):
             sides = rng.random() < 0.5, rng.random() < 0.5
-            texts = [_sentence(rng, GOOD if side else BAD, 4) for side in sides]
+            texts = [_sentence(rng, GOOD if side else BAD, 2) for side in sides]
             score = round((4.0 if sides[0] == sides[1] else 1.0) + rng.random(), 2)
             stream.write(json.dumps({"first": texts[0], "second": texts[1], "score": score}) + "\n")
     return folder / f"{name}.jsonl"

@@ -14,7 +14,7 @@ import fastadapt as fa
 from fastadapt.cli import main
 from fastadapt.training import base, folder
 
-FAST = ("--epochs", "4", "--batch", "16", "--lr", "1e-2", "--dtype", "fp32", "--device", "cpu")
+FAST = ("--epochs", "3", "--batch", "16", "--lr", "1e-2", "--dtype", "fp32", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def predicted(room: Path, output: Path, *argv: str) -> list[dict]:
     ("method", "extra"),
     [
         ("houlsby", ["--bottleneck", "8"]),
+        ("houlsby", ["--dtype", "bf16"]),
         ("pfeiffer", []),
         ("parallel", []),
         ("lora", ["--targets", "all", "--set", "dropout=0.1"]),
@@ -70,9 +71,8 @@ def test_every_method_learns_and_its_folder_predicts_the_same(room, tmp_path, ca
     task = report["tasks"][method]
     assert task["labels"] == ["0", "1"] and task["metric"] == "accuracy" and task["config" if extra else "kind"]
     losses = [loss for _, loss in report["stages"][0]["loss"]]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    if method not in ("head", "bitfit", "layernorm", "prefix"):  # they learn slowly on a random base
-        assert task["mean"] > 0.8
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert task["mean"] > 0.8
     if method != "full":
         assert report["base_checksum"]["before"] == report["base_checksum"]["after"]
     text = capsys.readouterr().out
@@ -112,14 +112,14 @@ def test_a_regression_of_two_texts(room, tmp_path):
     assert len(rows) == 48 and all(isinstance(row["label"], float) for row in rows)
 
 
-def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path):
+@pytest.mark.parametrize("method", ["pfeiffer", "masked"])
+def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path, method):
     output = tmp_path / "joint"
     tasks_ = ["--task", f"mood={room / 'mood.tsv'}", "--dev", f"mood={room / 'mood-dev.tsv'}"]
     tasks_ += ["--task", f"topic={room / 'topic.tsv'}", "--dev", f"topic={room / 'topic-dev.tsv'}"]
     tasks_ += ["--task", f"again={room / 'mood.tsv'}", "--dev", f"again={room / 'mood-dev.tsv'}"]
     columns = ["--text", "topic=2", "--label", "topic=1", "--text", "sentence", "--label", "label"]
-    assert run(room, *tasks_, *columns, "--epochs", "8", "--method", "pfeiffer", "--bottleneck", "8", "--output",
-               str(output)) == 0  # fmt: skip
+    assert run(room, *tasks_, *columns, "--method", method, "--bottleneck", "8", "--output", str(output)) == 0
     report = report_of(output)
     assert list(report["tasks"]) == ["mood", "topic", "again"] and len(report["stages"]) == 1
     assert all(task["mean"] > 0.8 for task in report["tasks"].values())
@@ -208,7 +208,7 @@ def test_the_folder_loads_in_adapterhub(room, tmp_path):
     saved = folder.read(output)
     plain, _ = base.load_model(str(room / "bert"), 2)
     adapters.init(plain)
-    name = plain.load_adapter(str(output))
+    name = plain.load_adapter(str(output), use_safetensors=True)
     plain.set_active_adapters(name)
     ours = folder.open_base(saved, output, None)
     folder.load(ours, output, saved, "mood")
@@ -248,4 +248,4 @@ def test_groups_of_parameters():
     fa.activate(model, None)
     with pytest.raises(ValueError, match="nothing that trains"):
         fa.param_groups(model, lr=1e-3)
-    assert len(fa.param_groups(model, lr=1e-3, names=["norm"])) == 3
+    assert len(fa.param_groups(model, lr=1e-3, names=["norm"])) == 4

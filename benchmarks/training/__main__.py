@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, command: str) -> None:
     store = cells.Store(args.out / "table.json", plan.settings())
     timing.time_variants(plan, store, args.methods, args.time_dtypes, args.time_steps, args.time_task, progress)
     cells.train_cells(plan, store, args.tasks, args.methods, args.seeds, rates, progress)
-    content = {"environment": environment("cpu"), "command": command, **store.content}
+    how = {"rates": checkpoints.read_json(args.rates)}
+    content = {"environment": environment("cpu"), "command": command, "records": [], **store.content, **how}
     checkpoints.write_json(args.json, content)
     found = figures.figures(content["cells"], content["times"])
     print(figures.markdown(content))

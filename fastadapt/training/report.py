@@ -85,7 +85,7 @@ def _sizes(run: Run, tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Parameters of one base with all tasks, against as many full models."""
     base_count = sum(p.numel() for _, p in base.base_tensors(run.model))
     own = sum(t["parameters"]["own"] + t["parameters"]["head"] for t in tasks.values())
-    full = sum(base_count + t["parameters"]["head"] for t in tasks.values())
+    full = sum({t["task"]: base_count + t["parameters"]["head"] for t in tasks.values()}.values())
     together = own if run.options.method == "full" else base_count + own
     return {
         "base": base_count,
@@ -115,7 +115,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def sizes(report: dict[str, Any]) -> str:
     """One line: what is stored, against full models."""
-    s, count = report["size"], len(report["tasks"])
+    s, count = report["size"], len({t["task"] for t in report["tasks"].values()})
     return (
         f"{count} task{'s' if count > 1 else ''}: {s['together']:,} parameters in all, {s['together_to_base']:.3f}× "
         f"the base's {s['base']:,}; {count} full model{'s' if count > 1 else ''}: {s['full_models_to_base']:.2f}×"
@@ -190,6 +190,8 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     for stage in report["stages"]:
         style = styles[seeds.index(stage["seed"]) % len(styles)]
         color = by_label.setdefault(stage["label"], colors[len(by_label) % len(colors)])
+        if len(stage["dev"]) > 1:  # tasks take turns, so neighbours are of different ones
+            stage = {**stage, "loss": _smooth(stage["loss"])}
         if stage["loss"]:
             left.plot(*zip(*stage["loss"], strict=True), style, color=color, linewidth=1.2,
                       label=f"{stage['label']}, seed {stage['seed']}")  # fmt: skip
@@ -219,3 +221,13 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         plt.close(figure)
+
+
+def _smooth(curve: list[list[float]]) -> list[list[float]]:
+    """The mean of each value and those before it, a tenth of the curve at most."""
+    width = max(1, len(curve) // 10)
+    means = []
+    for i, (step, _) in enumerate(curve):
+        window = curve[max(0, i + 1 - width) : i + 1]
+        means.append([step, statistics.fmean(loss for _, loss in window)])
+    return means

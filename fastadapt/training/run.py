@@ -209,7 +209,7 @@ class Run:
         result["notes"], result["checksums"] = [], {}
         for (name, _), task in zip(stage.members, tasks, strict=True):
             saved = folder.Saved(
-                task,
+                task if name is None else replace(task, name=name),
                 self.options.method,
                 self.options.model,
                 None if name is None else self.base_before,

@@ -190,7 +190,7 @@ class TaskTrainer(Trainer):
     def _announce(self, unit: Unit, loss: float, scores: dict[str, float], best: bool) -> None:
         found = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
         epoch, mark = self.state.epoch or 0.0, "  best so far" if best else ""
-        self.announce(f"{unit.task.name}  epoch {epoch:.4g}  dev loss {loss:.4f}  {found}{mark}")
+        self.announce(f"{unit.name or unit.task.name}  epoch {epoch:.4g}  dev loss {loss:.4f}  {found}{mark}")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = sorted(eval_dataset, key=lambda row: row.length)  # little padding; labels come along
