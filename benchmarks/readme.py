@@ -16,6 +16,7 @@ from typing import Any
 
 from fastadapt.bench import compare, latency, merge, op, plot, train
 from fastadapt.bench.report import read_json
+from fastadapt.training import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,8 +112,10 @@ def filled(text: str) -> str:
             raise SystemExit(f"README.md: block {name!r}; accepted are {', '.join(BLOCKS)}")
         bench, write, rows = BLOCKS[name]
         path = RESULTS / f"{bench}.json"
-        make = "bench-training DATA=DIR" if name == "training" else "bench-full"
-        body = write(read_json(path), rows) if path.is_file() else f"Not measured yet: `make {make}`.\n"
+        read, make = read_json, "bench-full"
+        if name == "training":
+            read, make = checkpoints.read_json, "bench-training DATA=DIR"
+        body = write(read(path), rows) if path.is_file() else f"Not measured yet: `make {make}`.\n"
         return match[1] + body + match[3]
 
     return BLOCK.sub(block, text)

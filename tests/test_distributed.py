@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tasks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import fastadapt as fa
+from fastadapt.cli import main
 from tests.test_loops import adapted, examples, stacked
 
 WORLD = 2
@@ -128,10 +134,10 @@ def ranks(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol=2e-5, atol=2e-6) -> None:
     assert list(got) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,3 +179,46 @@ def test_trainer_in_two_processes(ranks, tmp_path):
         loaded = fa.load(adapted("houlsby", dropout=0.0, seed=4), folder / "saved", name="again")
     state = {name: p.detach() for name, p in loaded.fastadapt["again"].named_parameters()}
     assert_same(state, {name: p.detach() for name, p in model.fastadapt["task"].named_parameters()})
+
+
+# -- fastadapt train under torchrun --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """A base without dropout, which two processes would draw differently, and two tasks of unequal width."""
+    where = tmp_path_factory.mktemp("room")
+    tasks.make_base(where / "bert")
+    config = json.loads((where / "bert" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (where / "bert" / "config.json").write_text(json.dumps(config))
+    for write, name in ((tasks.write_mood, "mood"), (tasks.write_topic, "topic")):
+        write(where, name, 64, 0)
+        write(where, f"{name}-dev", 24, 1)
+    return where
+
+
+def command(room: Path, output: Path, *argv: str) -> list[str]:
+    files = ["--task", f"mood={room}/mood.tsv", "--dev", f"mood={room}/mood-dev.tsv", "--task",
+             f"topic={room}/topic.tsv", "--dev", f"topic={room}/topic-dev.tsv", "--text", "topic=2", "--label",
+             "topic=1"]  # fmt: skip
+    how = ["--method", "houlsby", "--bottleneck", "8", "--epochs", "2", "--batch", "8", "--lr", "1e-2", "--dtype",
+           "fp32", "--device", "cpu", "--threads", "1"]  # fmt: skip
+    return ["train", "--model", str(room / "bert"), *files, *how, "--output", str(output), *argv]
+
+
+def test_the_command_under_torchrun(room):
+    """Two tasks in two processes: losses, scores and folders of one process that accumulates two batches a step."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run([*launch, "-m", "fastadapt", *command(room, room / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("use it") == 1  # one of the processes speaks
+    assert main(command(room, room / "one", "--accumulate", "2")) == 0
+    two, one = (json.loads((room / name / "report.json").read_text()) for name in ("two", "one"))
+    for (step, loss), (expected_step, expected) in zip(two["stages"][0]["loss"], one["stages"][0]["loss"], strict=True):
+        assert step == expected_step and loss == pytest.approx(expected, abs=1e-5)
+    for name in ("mood", "topic"):
+        assert two["tasks"][name]["scores"]["0"] == pytest.approx(one["tasks"][name]["scores"]["0"], abs=1e-4)
+        kept, expected = (load_file(room / run / name / "adapter.safetensors") for run in ("two", "one"))
+        assert_same(dict(sorted(kept.items())), dict(sorted(expected.items())), rtol=1e-3, atol=1e-4)
+    assert main([*command(room, room / "two"), "--resume"]) == 2  # another number of processes has other numbers

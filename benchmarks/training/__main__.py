@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     timing.time_variants(plan, store, args.methods, args.time_dtypes, args.time_steps, args.time_task, progress)
     cells.train_cells(plan, store, args.tasks, args.methods, args.seeds, rates, progress)
     how = {"rates": checkpoints.read_json(args.rates)}
-    content = {"environment": environment("cpu"), "command": command, "records": [], **store.content, **how}
+    content = {"environment": environment("cpu"), "command": command, **store.content, **how}
     checkpoints.write_json(args.json, content)
     found = figures.figures(content["cells"], content["times"])
     print(figures.markdown(content))

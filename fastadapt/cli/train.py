@@ -183,12 +183,15 @@ def _predict_parser(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from fastadapt.training import report, run
+    from fastadapt.training.options import is_main
 
     _machine(args)
     if args.sweep:
         _sweep(args)
         return
     found = run.train(_options(args))
+    if not is_main():
+        return
     print(report.summary(found))
     print(report.sizes(found))
     folders = [t["folder"] for t in found["tasks"].values()]

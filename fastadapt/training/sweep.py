@@ -24,7 +24,7 @@ from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, folder, recipe
 from fastadapt.training.batches import longest
 from fastadapt.training.fit import arguments, found
-from fastadapt.training.options import Options, check, enter, identity_of
+from fastadapt.training.options import Options, check, enter, identity_of, processes
 from fastadapt.training.run import Prepared, Stage, counts, prepare, tokenized
 from fastadapt.training.trainer import Best, TaskTrainer, Unit
 from fastadapt.training.watch import Watch
@@ -224,6 +224,8 @@ def sweep(options: Options, axes: Mapping[str, Sequence[float]], progress: Progr
 
     if importlib.util.find_spec("optuna") is None:
         raise UserError("--sweep: needs optuna: pip install optuna")
+    if processes() > 1:
+        raise UserError(f"--sweep: got {processes()} processes of torchrun; accepted is one")
     progress = progress or Progress()
     options = options.settled()
     check(options)
