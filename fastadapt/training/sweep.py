@@ -23,7 +23,7 @@ from fastadapt.bench.report import Progress
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, folder, recipe
 from fastadapt.training.batches import longest
-from fastadapt.training.fit import arguments, found
+from fastadapt.training.fit import arguments, ended, found
 from fastadapt.training.options import Options, check, enter, identity_of, processes
 from fastadapt.training.run import Prepared, Stage, counts, prepare, tokenized
 from fastadapt.training.trainer import Best, TaskTrainer, Unit
@@ -92,14 +92,18 @@ class SweepTrainer(TaskTrainer):
         self.hp_space(trial)
         point = self.point = Point(trial.params["lr"], trial.params.get("size"), trial.params["seed"])
         self.best, self.control.should_training_stop = Best({}, {}), False
-        self.args.seed = point.seed  # the model is made before Trainer reads it from the trial
+        self.args.seed = point.seed  # Trainer sets it before it reads it from the trial
         self.run = hashlib.sha256(f"{self.sweep.mark} {point.key}".encode()).hexdigest()
         watch = Watch(self.sweep.progress)
         self.add_callback(watch)
         where = Path(self._get_output_dir(trial))
         checkpoint = checkpoints.newest(where, self.run)
         self.sweep.progress.step(f"{point.key}: {'starts' if checkpoint is None else f'from {checkpoint.name}'}")
-        result = super().train(None if checkpoint is None else str(checkpoint), trial=trial, **kwargs)
+        result = None
+        if checkpoint is not None:
+            self.model = self.sweep.model_of(point)
+        if not ended(self, checkpoint):
+            result = super().train(None if checkpoint is None else str(checkpoint), trial=trial, **kwargs)
         self.remove_callback(watch)
         self.keep_best()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast's wrapper, round forward
