@@ -174,6 +174,14 @@ def predicted_cuda(case: FewCase, device: Device, table: dict[tuple, cuda_compil
     return seconds(device, "float32", what, resident)
 
 
+def _together(launches: list[tuple[str, float, str]]) -> dict[str, tuple[float, str]]:
+    """{kernel: (seconds of all its launches, what bounds the longest)}."""
+    found: dict[str, tuple[float, str]] = {}
+    for kernel, time, bound in sorted(launches, key=lambda launch: launch[1]):
+        found[kernel] = (found.get(kernel, (0.0, ""))[0] + time, bound)
+    return {kernel: found[kernel] for kernel, _, _ in launches}
+
+
 def whole() -> list[list[Any]]:
     """Every kernel of both tables: [backend, op, kernel, dtype, hidden, bottleneck, rows, (µs, bound) a device ...]."""
     table = {row.key: row for row in triton_compile.read()[1]}
@@ -181,10 +189,10 @@ def whole() -> list[list[Any]]:
     for case in triton_compile.cases():
         if case.arch != DEVICES[0].arch:
             continue
-        each = [predicted(replace(case, arch=device.arch), device, table) for device in DEVICES]
-        for same in zip(*each, strict=True):
-            told = [value for _, time, bound in same for value in (round(1e6 * time, 2), bound)]
-            rows.append(["triton", case.op, same[0][0], case.dtype, case.hidden, case.bottleneck, case.rows, *told])
+        each = [_together(predicted(replace(case, arch=device.arch), device, table)) for device in DEVICES]
+        for kernel in each[0]:
+            told = [value for of in each for value in (round(1e6 * of[kernel][0], 2), of[kernel][1])]
+            rows.append(["triton", case.op, kernel, case.dtype, case.hidden, case.bottleneck, case.rows, *told])
     cuda = {row.key: row for row in cuda_compile.read()[1]}
     for few in few_cases():
         each = [predicted_cuda(few, device, cuda) for device in DEVICES]

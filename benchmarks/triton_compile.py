@@ -49,7 +49,7 @@ RANKS = (1, 4, 8, 12, 16, 48, 64, 128)
 FEW_RANKS = (8, 48)
 RANK_OF_FEW_ROWS = 8
 BATCH_ROWS, SLOTS = 32, 8
-AT_ONCE = 200  # cases between two writes of the table
+AT_ONCE = 60  # cases between two writes of the table
 # Of a multiprocessor of compute capability 8.0 and 9.0 (CUDA C++ Programming Guide, "Technical Specifications").
 _WARPS, _PROGRAMS, _REGISTERS, _SHARED_BYTES = 64, 32, 65536, {80: 164 * 1024, 90: 228 * 1024}
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int64": "*i64", "int32": "*i32"}
@@ -156,7 +156,8 @@ def _bottleneck_rows(case: Case, forward: bool) -> None:
 
     t, h, b, own = case.rows, case.hidden, case.bottleneck, SLOTS - 1
     rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta")
-    w_down, w_up, norm = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None], [new(h)] * SLOTS
+    w_down, w_up = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None]
+    norm = [new(h)] * SLOTS
     vectors, how = [None] * SLOTS, (["gelu"] * SLOTS, [1.0] * SLOTS, [True] * SLOTS, [False] * SLOTS, 1e-12,
                                     [0.1] * SLOTS, torch.empty((), dtype=torch.int64, device="meta"))  # fmt: skip
     x, residual, s = (new(t, h) for _ in range(3))
