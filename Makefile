@@ -106,7 +106,7 @@ test-tf4: .venv-test-tf4/stamp-$(TORCH)
 	.venv-test-tf4/bin/python -m pytest -q $(TESTS)
 
 cuda-compile: .venv-test/stamp-$(TORCH)
-	.venv-test/bin/python -m benchmarks.cuda_compile
+	.venv-test/bin/python -m benchmarks.cuda_compile --link
 
 triton-compile: .venv-test/stamp-$(TORCH)
 	.venv-test/bin/python -m benchmarks.triton_compile
