@@ -182,8 +182,9 @@ def linked() -> None:
             for source, target in zip(SOURCES, objects, strict=False)
         ]  # fmt: skip
         for name in ("binding", "emulated"):
-            commands.append(["c++", *own, *includes, "-fPIC", "-w", "-DFASTADAPT_CUDA", "-c",
-                             str(ROOT / "csrc" / "cuda" / f"{name}.cpp"), "-o", str(Path(folder, f"{name}.o"))])  # fmt: skip
+            source = str(ROOT / "csrc" / "cuda" / f"{name}.cpp")
+            commands.append(["c++", *own, *includes, "-fPIC", "-w", "-DFASTADAPT_CUDA", "-c", source, "-o",
+                             str(Path(folder, f"{name}.o"))])  # fmt: skip
         target, paths = str(Path(folder, "kernels.so")), [*cpp_extension.library_paths(), str(library)]
         commands.append(["c++", "-shared", "-o", target, *objects, "-Wl,--no-undefined",
                          *(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths),
