@@ -1,4 +1,4 @@
-"""Adapted models of every method under torch.compile and torch.export, whole; and nothing in a step waits for a value."""
+"""Models of every method under torch.compile and torch.export, whole; and no step waits for a value."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_exports_with_any_batch_and_length(method):
     model, context = adapted(method)
     inputs = batch(model)
     rows = {} if method == "routed" else {0: torch.export.Dim("rows", max=64)}
-    shapes = dict.fromkeys(inputs, {**rows, 1: torch.export.Dim("length", min=2, max=40)})
+    length = torch.export.Dim("length", min=2, max=40)
+    shapes = {key: {**rows, 1: length} for key in inputs}
     with torch.no_grad(), context:
         exported = torch.export.export(model, (), kwargs=inputs, dynamic_shapes=shapes).module()
         torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits, **CLOSE)
@@ -173,8 +174,7 @@ print("no value was asked for")
 def test_a_training_step_on_a_gpu_waits_for_no_value():
     """With tensors that have no values, on a GPU that is not there: reading one on the host would raise."""
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", STEP], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
-    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "no value was asked for\n"
