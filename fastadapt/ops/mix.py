@@ -105,10 +105,7 @@ def mix_forward(sigma, t, shift, count, dropout_p, seed):
     g, c = _parts(t, count)
     wide = sigma.to(g.dtype).unflatten(1, (count, -1))  # once: products of two dtypes take longer than the cast
     p = _weights(wide, g, c, shift, dropout_p, seed)
-    m = torch.empty(t.shape, dtype=g.dtype, device=t.device)
-    m[:, -count:] = p
-    torch.mul(wide, p[..., None], out=m[:, :-count].unflatten(1, (count, -1)))
-    return m.to(t.dtype)
+    return torch.cat([(wide * p[..., None]).flatten(1).to(t.dtype), p.to(t.dtype)], 1)
 
 
 def mix_backward(dm, sigma, t, shift, count, dropout_p, seed):
