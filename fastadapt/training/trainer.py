@@ -220,6 +220,8 @@ class TaskTrainer(Trainer):
     # -- checkpoints: what trains, the best so far, optimizer, schedule, random numbers; never the frozen base ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return  # transformers calls this in every process
         now = {k: t for unit in self.units for k, t in checkpoints.trained_state(self.model, unit.name).items()}
         scores = {"scores": self.best.scores, "stale": self.best.stale}
         checkpoints.write_weights(Path(output_dir or self.args.output_dir), now, self.best.tensors, scores)
