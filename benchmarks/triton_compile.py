@@ -145,14 +145,15 @@ def _linear(case: Case, forward: bool) -> None:
 
 
 def _bottleneck_rows(case: Case, forward: bool) -> None:
-    """As many slots as the last without an adapter, each of the others with one of this width."""
+    """SLOTS slots, the last without an adapter, the others with one of this width each."""
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
 
     t, h, b, own = case.rows, case.hidden, case.bottleneck, SLOTS - 1
     rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta")
-    w_down, w_up, norm = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None], [new(h)] * SLOTS
+    w_down, w_up = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None]
+    norm = [new(h)] * SLOTS
     vectors, how = [None] * SLOTS, (["gelu"] * SLOTS, [1.0] * SLOTS, [True] * SLOTS, [False] * SLOTS, 1e-12,
                                     [0.1] * SLOTS, torch.empty((), dtype=torch.int64, device="meta"))  # fmt: skip
     x, residual, s = (new(t, h) for _ in range(3))

@@ -1,4 +1,4 @@
-"""AdapterFusion's mix in the bottlenecks: every backend against float64, and against the formula with every a_n made."""
+"""AdapterFusion's mix in the bottlenecks: every backend against float64, and against the formula of the paper."""
 
 from __future__ import annotations
 

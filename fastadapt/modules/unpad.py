@@ -72,7 +72,8 @@ class Packed:
         firsts = torch.cumsum(lengths, 0) - lengths
         place = starts[row] + torch.arange(row.numel()) - firsts[row]
         groups, start = [], 0
-        for length, count in zip(*(v.tolist() for v in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
+        distinct, counts = torch.unique_consecutive(lengths, return_counts=True)
+        for length, count in zip(distinct.tolist(), counts.tolist(), strict=True):
             each = -(-length // piece) * piece
             groups.append(Group(start, count, each, length))
             start += count * each

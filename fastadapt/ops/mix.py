@@ -91,7 +91,9 @@ def _parts(t: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return t[:, :-count].unflatten(1, (count, -1)), t[:, -count:]
 
 
-def _weights(sigma: Tensor, g: Tensor, c: Tensor, shift: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _weights(
+    sigma: Tensor, g: Tensor, c: Tensor, shift: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> Tensor:
     scores = (g * sigma).sum(-1) + c
     if shift is not None:
         scores = scores + shift.to(scores.dtype)[:, None]
