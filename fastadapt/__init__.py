@@ -15,6 +15,7 @@ from fastadapt.adapt import (
     save,
     unload,
 )
+from fastadapt.capturing import capture
 from fastadapt.config import (
     AdapterDrop,
     BitFitConfig,
@@ -34,6 +35,7 @@ from fastadapt.dispatch import backend
 from fastadapt.merging import merge, swap, unmerge
 from fastadapt.modules.lora_linear import LoRALinear
 from fastadapt.modules.step import auxiliary_loss
+from fastadapt.optim import param_groups
 from fastadapt.report import explain, parameter_report
 from fastadapt.routing import route
 
@@ -59,12 +61,14 @@ __all__ = [
     "adaptations",
     "auxiliary_loss",
     "backend",
+    "capture",
     "eject",
     "explain",
     "keep_neurons",
     "load",
     "merge",
     "ops",
+    "param_groups",
     "parameter_report",
     "refresh",
     "remove",

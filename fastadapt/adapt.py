@@ -48,7 +48,7 @@ def accelerate(model: Model) -> Model:
     wiring = wiring_of(model)
     base = wiring.base_of(model)
     live_adapterhub.prepare(wiring, base)
-    wiring.fuse(base)
+    wiring.fuse(model, base)
     if peft_layers := _peft_layers():
         peft_layers.fuse(base)
     return model
@@ -160,7 +160,7 @@ def install(
     for key, parameter in base_parameters(model):
         container.base_requires_grad.setdefault(key, parameter.requires_grad)
         parameter.requires_grad_(False)
-    wiring.fuse(base)
+    wiring.fuse(model, base)
     wiring.open_slots(model)
     container.add(name, adaptation)
     engage_names(model, wiring, (name,), ())

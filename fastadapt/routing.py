@@ -265,7 +265,7 @@ def _checked(
     else:
         container.route._remember()
     for name in distinct:
-        reason = None if name is None else _refusal(container[name].config, model.training)
+        reason = None if name is None else refusal(container[name].config, model.training)
         if reason is not None:
             raise ValueError(
                 f"names: {name!r} {reason}; accepted are bottleneck adapters, LoRAs, BitFit, own LayerNorms and heads"
@@ -292,7 +292,8 @@ def _by_text(names: Any) -> list[tuple[str | None, ...]]:
     return by_text
 
 
-def _refusal(config: Any, training: bool) -> str | None:
+def refusal(config: Any, training: bool) -> str | None:
+    """Why a method cannot be routed, as the rest of a sentence about it, or None."""
     if isinstance(config, (PrefixConfig, MAMConfig, FusionConfig)):
         return f"is of a {type(config).__name__}, which is not routed"
     if isinstance(config, LoRAConfig) and config.dora:

@@ -7,7 +7,8 @@ them rows of their own at the first layer in which they differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,8 @@ class Table:
             self.texts = torch.tensor(texts, dtype=torch.int64).to(device, non_blocking=True)
         self.text_count = len(self.slots) if texts is None else len(set(texts))
         self.inference_only: str | None = None  # why, where something can't train
+        self.was_split = False  # whether the host ever took the rows apart, so that captured code holds their slots
+        self.pieces: tuple[list[int], Tensor] | None = None  # without padding: the batch row of every piece of x
         self.each = 1  # rows of the base's batch for one of the model's: the choices of a multiple-choice model
 
     def assign(self, slots: Sequence[int]) -> None:
@@ -51,8 +54,18 @@ class Table:
         self.rows.copy_(torch.tensor(self.slots, dtype=torch.int64), non_blocking=True)
 
     def of_batch(self) -> Tensor:
-        """[B] int64: the slots of the rows of the base's batch."""
-        return self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
+        """[B] int64: the slots of the rows of the base's batch, or of the pieces that it was taken apart into."""
+        rows = self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
+        return rows if self.pieces is None else rows.index_select(0, self.pieces[1])
+
+    @contextmanager
+    def of_pieces(self, owners: list[int]) -> Iterator[None]:
+        """While the context lasts, x has pieces of the batch's rows where it had the rows; ``owners``: which."""
+        self.pieces = (owners, torch.tensor(owners, dtype=torch.int64).to(self.rows.device, non_blocking=True))
+        try:
+            yield
+        finally:
+            self.pieces = None
 
     def forked(self, value: Any) -> Any:
         """A tensor [texts, ..., ...] with a row a slot instead; anything else, positions of one text too, as it is."""
@@ -70,7 +83,10 @@ class Table:
 
         Made on the host, where the slots are known, so that nobody waits for the device.
         """
+        self.was_split = True
         slots = torch.tensor(self.slots, dtype=torch.int64).repeat_interleave(self.each)
+        if self.pieces is not None:
+            slots = slots[self.pieces[0]]
         order = torch.argsort(slots, stable=True)
         found, counts = torch.unique_consecutive(slots[order], return_counts=True)
         parts = order.to(device, non_blocking=True).split(counts.tolist())

@@ -92,6 +92,7 @@ class Adaptations(nn.Module):
         self.base_requires_grad: dict[str, bool] = {}  # before the first adaptation froze them
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
+        self.loss_waits = False  # whether a forward made an auxiliary loss that nobody has taken
 
     route: Any = None  # the Routing in place, while fa.route lasts
 
