@@ -104,7 +104,9 @@ def bottleneck(
 
 def _forward(x, residual, w_down, b_down, w_up, b_up, vector, norm_weight, norm_bias, activation, factor, skip, eps,
              dropout_p, seed, *, save):  # fmt: skip
-    kernel = dispatch.pick("bottleneck_forward", x.device.type, x.dtype, hidden=x.shape[1], bottleneck=w_down.shape[0])
+    kernel = dispatch.pick(
+        "bottleneck_forward", x.device.type, x.dtype, hidden=x.shape[1], bottleneck=w_down.shape[0], rows=x.shape[0]
+    )
     if vector is not None:
         vector = vector.expand(x.shape[1])
     return kernel(

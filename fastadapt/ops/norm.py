@@ -52,7 +52,7 @@ def add_norm(
     if checks.differentiable(x, residual, norm_weight, norm_bias):
         y, s = _AddNorm.apply(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
     else:
-        kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden)
+        kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden, rows=flat.shape[0])
         y, s = kernel(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
     return (y.view(x.shape), s.view(x.shape)) if return_sum else y.view(x.shape)
 
@@ -60,7 +60,7 @@ def add_norm(
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum):
-        kernel = dispatch.pick("add_norm_forward", x.device.type, x.dtype, hidden=x.shape[1])
+        kernel = dispatch.pick("add_norm_forward", x.device.type, x.dtype, hidden=x.shape[1], rows=x.shape[0])
         y, s = kernel(x, residual, norm_weight, norm_bias, eps, dropout_p, seed, True)
         ctx.save_for_backward(s, norm_weight, norm_bias, seed)
         ctx.options = (eps, dropout_p)
