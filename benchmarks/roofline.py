@@ -72,9 +72,13 @@ def work(one: Launch, rank: int) -> Work:
 
 
 def _operations(kernel: str, given: dict[str, Any], rank: int) -> int:
+    if "ADAPTERS" in given:  # no product
+        return 0
     if kernel in ("forward_kernel", "rows_kernel") and "B" in given:  # down and up; da and dx
         rows = (given["x"] if kernel == "forward_kernel" else given["dy"]).shape[0]
         return 4 * rows * given["H"] * given["WIDTH"]
+    if kernel == "weights_kernel" and "WIDEST" in given:  # a row is of one slot
+        return 4 * given["x"].shape[0] * given["H"] * given["BLOCKS"] * given["WIDTH"]
     if kernel == "weights_kernel" and "B" in given:
         width = -(-given["B"] // given["WIDTH"]) * given["WIDTH"]
         return (4 if given["NEED_DOWN"] else 2) * given["x"].shape[0] * given["H"] * width

@@ -33,12 +33,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastadapt.backends.triton import bottleneck, launch, linear, lora, norm
+from fastadapt.backends.triton import bottleneck, bottleneck_rows, launch, linear, lora, mix, norm
 
 TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
 HIDDEN = (384, 768, 1024)
 BOTTLENECKS = (16, 48, 64, 100, 256)
+FEW_BOTTLENECKS = (48, 64, 256)  # of kernels that are those of one bottleneck, with a table beside them
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (512, 65536)  # a heuristic may choose small tiles for few rows
 LORA_HIDDEN = (768, 1024)
@@ -143,6 +144,37 @@ def _linear(case: Case, forward: bool) -> None:
         linear.backward(new(t, 4 * h), new(t, 4 * h), [new(4 * h, h)], "gelu", 0.0, None, True, True)
 
 
+def _bottleneck_rows(case: Case, forward: bool) -> None:
+    """As many slots as the last without an adapter, each of the others with one of this width."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
+
+    t, h, b, own = case.rows, case.hidden, case.bottleneck, SLOTS - 1
+    rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta")
+    w_down, w_up, norm = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None], [new(h)] * SLOTS
+    vectors, how = [None] * SLOTS, (["gelu"] * SLOTS, [1.0] * SLOTS, [True] * SLOTS, [False] * SLOTS, 1e-12,
+                                    [0.1] * SLOTS, torch.empty((), dtype=torch.int64, device="meta"))  # fmt: skip
+    x, residual, s = (new(t, h) for _ in range(3))
+    if forward:
+        b_down, b_up = [*(new(b) for _ in range(own)), None], [*(new(h) for _ in range(own)), None]
+        bottleneck_rows.forward(x, residual, rows, w_down, b_down, w_up, b_up, vectors, norm, norm, *how, True)
+    else:
+        bottleneck_rows.backward(x, x, residual, new(t, b), s, rows, w_down, w_up, vectors, norm, *how, True, True,
+                                 [True] * SLOTS, [True] * SLOTS)  # fmt: skip
+
+
+def _mix(case: Case, forward: bool) -> None:
+    """As many adapters as there are slots elsewhere."""
+    dtype, width = getattr(torch, case.dtype), SLOTS * case.bottleneck
+    sigma, t = (torch.empty((case.rows, n), dtype=dtype, device="meta") for n in (width, width + SLOTS))
+    shift, seed = torch.empty(case.rows, dtype=dtype, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    if forward:
+        mix.forward(sigma, t, shift, SLOTS, 0.1, seed)
+    else:
+        mix.backward(t, sigma, t, shift, SLOTS, 0.1, seed)
+
+
 # The linears of a layer as (depth, widths) in hidden sizes.
 LINEARS = {"square": (1, (1,)), "qkv": (1, (1, 1, 1)), "wide": (1, (4,)), "deep": (4, (1,))}
 
@@ -176,6 +208,10 @@ OPS: dict[str, Callable[[Case], None]] = {
     "bottleneck backward": lambda case: _bottleneck(case, forward=False, training=True),
     "bottleneck autocast training": lambda case: _bottleneck(case, True, True, "float32"),
     "bottleneck autocast backward": lambda case: _bottleneck(case, False, True, "float32"),
+    "bottleneck rows training": lambda case: _bottleneck_rows(case, forward=True),
+    "bottleneck rows backward": lambda case: _bottleneck_rows(case, forward=False),
+    "mix training": lambda case: _mix(case, forward=True),
+    "mix backward": lambda case: _mix(case, forward=False),
     "add_norm training": lambda case: _add_norm(case, forward=True),
     "add_norm backward": lambda case: _add_norm(case, forward=False),
     "linear training": lambda case: _linear(case, forward=True),
@@ -198,7 +234,9 @@ def cases() -> Iterator[Case]:
         if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
             continue
         widths = (0,)
-        if op.startswith("bottleneck"):
+        if op.startswith(("bottleneck rows", "mix")):
+            widths = FEW_BOTTLENECKS if rows == ROWS[-1] and hidden == LORA_HIDDEN[0] else ()
+        elif op.startswith("bottleneck"):
             widths = BOTTLENECKS
         elif op.startswith("lora") and hidden not in LORA_HIDDEN:
             continue

@@ -40,6 +40,15 @@ def backend_states() -> dict[str, str]:
     return states
 
 
+def tuned_launches() -> str:
+    """For which GPUs `fastadapt tune` has left a table of launches."""
+    if isinstance(dispatch.load("triton"), str):
+        return "none, without the Triton backend"
+    from fastadapt.backends.triton import launch, tuned
+
+    return f"{', '.join(sorted(launch.TUNED)) or 'none'} ({tuned.path()})"
+
+
 def text() -> str:
     """The whole of it, as aligned lines."""
     lines: list[tuple[str, str]] = []
@@ -54,6 +63,7 @@ def text() -> str:
     else:
         lines.append(("GPU", "none that this torch can use"))
     forced = dispatch.forced()
+    lines.append(("tuned launches", tuned_launches()))
     lines.append(("forced backend", forced or "none (FASTADAPT_BACKEND or fa.backend forces one)"))
     for name, state in backend_states().items():
         lines.append((f"backend {name}", state))

@@ -30,6 +30,9 @@ SUBSET = [
     ("lora deep backward", 80, "float16", 1024, 8, 65536),
     ("lora qkv dropout backward", 80, "bfloat16", 768, 8, 65536),
     ("lora qkv rows training", 90, "float16", 768, 48, 65536),
+    ("bottleneck rows training", 90, "bfloat16", 768, 64, 65536),
+    ("bottleneck rows backward", 80, "float16", 768, 48, 65536),
+    ("mix backward", 90, "bfloat16", 768, 64, 65536),
 ]
 
 
@@ -49,6 +52,12 @@ def test_the_table_holds_every_shape():
         if dtype == "bfloat16":
             autocast = op.replace("inference", "training").replace(" ", " autocast ")
             assert (autocast, kernel, arch, dtype, hidden, b, 65536) in there
+    kernels = [("bottleneck rows training", "forward"), ("mix training", "forward"), ("mix backward", "backward")]
+    kernels += [("bottleneck rows backward", kernel) for kernel in ("rows", "weights", "slot_sum", "sum")]
+    for (op, kernel), arch, dtype, b in itertools.product(
+        kernels, (80, 90), ("bfloat16", "float16", "float32"), (48, 64, 256)
+    ):
+        assert (op, kernel, arch, dtype, 768, b, 65536) in there
     assert len(there) == len(ROWS)
 
 
@@ -74,7 +83,7 @@ def test_the_table_holds_every_linear_and_rank():
 def test_products_in_sixteen_bits_use_matrix_instructions_and_wide_loads():
     products = ("forward", "fused", "low", "product", "weights a", "weights b")
     for row in ROWS:
-        if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith("add_norm"):
+        if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith(("add_norm", "mix")):
             assert row["matrix"] > 0, _about(row)
             assert row["wide_loads"] > 0, _about(row)
 

@@ -59,6 +59,14 @@ def _field(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _axis(text: str) -> tuple[str, tuple[float, ...]]:
+    name, equals, values = text.partition("=")
+    kinds = {"lr": _rate, "size": positive, "seed": _seed}
+    if not equals or name not in kinds:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted are {', '.join(f'{k}=VALUE,...' for k in kinds)}")
+    return name, tuple(dict.fromkeys(kinds[name](value) for value in values.split(",")))
+
+
 def _train_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
@@ -76,6 +84,7 @@ def _train_parser(commands: Any) -> None:
     --label score --task-type regression --output pairs
   fastadapt train --model ./bert --task mood=mood.tsv --dev mood=mood-dev.tsv \\
     --task topic=topic.csv --dev topic=topic-dev.csv --output both
+  fastadapt train ... --sweep lr=1e-4,3e-4,1e-3 size=8,64,256 seed=0,1,2
   fastadapt train ... --resume       goes on where it was stopped, to the same numbers""",
     )
     files = parser.add_argument_group("files")
@@ -114,6 +123,8 @@ def _train_parser(commands: Any) -> None:
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="the best on dev is kept (0)")
+    recipe.add_argument("--sweep", type=_axis, nargs="+", metavar="AXIS=V,V", help="train a grid: lr=1e-4,1e-3 "
+                        "size=8,64 seed=0,1 (size: of the bottleneck, the LoRA, the prefix); needs optuna")  # fmt: skip
     recipe.add_argument("--epochs", type=_rate, metavar="N", help="(10; full 3)")
     recipe.add_argument("--lr", type=_rate, metavar="RATE", help="peak of Adam's (the method's)")
     recipe.add_argument("--head-lr", type=_rate, metavar="RATE", help="of the head (as --lr)")
@@ -168,14 +179,31 @@ def _predict_parser(commands: Any) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from fastadapt.training import report, run
+    from fastadapt.training.options import is_main
 
     _machine(args)
+    if args.sweep:
+        _sweep(args)
+        return
     found = run.train(_options(args))
+    if not is_main():
+        return
     print(report.summary(found))
     print(report.sizes(found))
     folders = [t["folder"] for t in found["tasks"].values()]
     print(f"report   {Path(args.output) / report.TEXT}")
     print(f"use it   fastadapt predict --adapters {' '.join(folders)} --input FILE")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from fastadapt.training import sweep, sweep_report
+
+    axes = dict(args.sweep)
+    if len(axes) < len(args.sweep):
+        raise UserError("--sweep: got an axis twice; accepted are different ones")
+    print(sweep_report.summary(sweep.sweep(_options(args), axes)))
+    print(f"report   {Path(args.output) / sweep_report.TEXT}")
+    print(f"use it   fastadapt predict --adapters {args.output} --input FILE")
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -44,7 +44,7 @@ def add_norm(
     checks.like("residual", residual, x)
     checks.shape("norm_weight", norm_weight, (hidden,), x.device)
     checks.shape("norm_bias", norm_bias, (hidden,), x.device)
-    dropout_p = checks.probability("dropout_p", dropout_p)
+    dropout_p, eps = checks.probability("dropout_p", dropout_p), checks.epsilon("eps", eps)
     dtype = checks.compute_dtype(x)
     seed = resolve_seed(seed, dropout_p, x.device)
     flat = checks.flatten(x, dtype)

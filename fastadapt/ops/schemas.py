@@ -80,6 +80,13 @@ library.define(
     "float dropout_p, Tensor? seed, bool need_dx, bool need_dbias, bool need_dlora) "
     "-> (Tensor dx, Tensor dbias, Tensor[] da, Tensor[] db)"
 )
+# m = [p_n sigma_n | p_n], p = softmax(drop(g_n . sigma_n + c_n + shift)), t = [g_n | c_n]; sigma [T, N b], t and m
+# [T, N b + N], shift [T].
+library.define("mix_forward(Tensor sigma, Tensor t, Tensor? shift, int count, float dropout_p, Tensor? seed) -> Tensor")
+library.define(
+    "mix_backward(Tensor dm, Tensor sigma, Tensor t, Tensor? shift, int count, float dropout_p, Tensor? seed) "
+    "-> (Tensor dsigma, Tensor dt, Tensor dshift)"
+)
 library.define("drop(Tensor x, float dropout_p, Tensor seed) -> Tensor")
 library.define(
     "attention_forward(Tensor qkv, Tensor? prefix, Tensor? mask, int heads, float scale, float dropout_p, "
@@ -137,7 +144,7 @@ def _(
     dy, x, z, s, w_down, w_up, activation, scale, scale_vector, skip, norm_weight, eps, dropout_p, seed, need_dx,
     need_dresidual, need_dweights, need_dnorm,
 ):  # fmt: skip
-    (rows, hidden), b = x.shape, w_down.shape[0]
+    (rows, hidden), b = dy.shape, w_down.shape[0]  # x has no rows where w_down has no gradient
     weights = [(b, hidden), (b,), (hidden, b), (hidden,)] if need_dweights else [(0,)] * 4
     norm = [(hidden,)] * 2 if need_dnorm else [(0,)] * 2
     return (
@@ -247,6 +254,16 @@ def _(
         [_grad(dy, *m.shape) for m in a] if need_dlora else [],
         [_grad(dy, *m.shape) for m in b] if need_dlora else [],
     )
+
+
+@torch.library.register_fake("fastadapt::mix_forward", lib=library)
+def _(sigma, t, shift, count, dropout_p, seed):
+    return torch.empty_like(t)
+
+
+@torch.library.register_fake("fastadapt::mix_backward", lib=library)
+def _(dm, sigma, t, shift, count, dropout_p, seed):
+    return torch.empty_like(sigma), torch.empty_like(t), _like(t, 0) if shift is None else torch.empty_like(shift)
 
 
 @torch.library.register_fake("fastadapt::drop", lib=library)

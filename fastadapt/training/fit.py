@@ -50,18 +50,24 @@ def fit(
     checkpoint = checkpoints.newest(where, run) if options.resume else None
     if checkpoint is not None:
         progress.step(f"seed {seed}, {label}: goes on from {checkpoint.name}")
-    _train(trainer, checkpoint)
+    if not ended(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.keep_best()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast's wrapper, round forward
+    return found(trainer, watch, label)
+
+
+def found(trainer: TaskTrainer, watch: Watch, label: str) -> dict[str, Any]:
+    """What a finished training found, for the report."""
     history = trainer.state.log_history
     epochs = trainer.state.epoch or 0.0
     steps = trainer.state.global_step
     return {
         "label": label,
-        "seed": seed,
+        "seed": trainer.args.seed,
         "scores": trainer.best.scores,
         "loss": [[row["step"], row["loss"]] for row in history if "loss" in row],
-        "dev": _dev_curves(history, units),
+        "dev": _dev_curves(history, trainer.units),
         "steps": steps,
         "epochs": epochs,
         "seconds_a_step": watch.seconds / watch.steps if watch.steps else None,
@@ -69,15 +75,16 @@ def fit(
     }
 
 
-def _train(trainer: TaskTrainer, checkpoint: Path | None) -> None:
-    """Train, unless the checkpoint is of a run that early stopping had ended."""
-    if checkpoint is not None and trainer.patience is not None:
-        _, _, found = checkpoints.read_weights(checkpoint)
-        if found["stale"] >= trainer.patience:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-            return
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+def ended(trainer: TaskTrainer, checkpoint: Path | None) -> bool:
+    """Whether the checkpoint is of a training that early stopping had ended; the trainer is then where that was."""
+    if checkpoint is None or trainer.patience is None:
+        return False
+    _, _, found = checkpoints.read_weights(checkpoint)
+    if found["stale"] < trainer.patience:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+    return True
 
 
 def arguments(options: Options, seed: int, where: Path, units: Sequence[Unit]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,16 @@ def _fast_dtype(device: str) -> str:
     return "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpu_extensions()) else "fp32"
 
 
+def processes() -> int:
+    """How many train together: those that ``torchrun`` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def check(options: Options) -> None:
     """Raise ``UserError`` for options that do not go together."""
     for package, why in (
@@ -147,6 +158,7 @@ def identity_of(options: Options, base_checksum: str) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in kept}
     size = {k: str(v) for k, v in asdict(options.size).items()}
     adapters = [base.checksum([(p.name, _bytes(p))]) for d in options.adapters for p in sorted(d.glob("*.safetensors"))]
+    settings["processes"] = processes()
     content = {"model": base_checksum, "tasks": tasks, **settings, "size": size, "adapters": adapters}
     return json.loads(json.dumps(content))
 
@@ -160,9 +172,11 @@ def _sides(files: Files) -> tuple[tuple[str, Source], ...]:
 
 
 def enter(options: Options, identity: dict[str, Any]) -> str:
-    """Open or continue the output folder; the run's mark."""
+    """Open or continue the output folder, which is the main process's to do; the run's mark."""
     path = options.output / RUN
-    if path.is_file():
+    if not is_main():
+        pass
+    elif path.is_file():
         if not options.resume:
             raise UserError(f"--output: {options.output} holds a run; --resume goes on with it, another folder is new")
         before = checkpoints.read_json(path)

@@ -10,6 +10,7 @@ from typing import Any
 from fastadapt.bench.report import environment, table
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, folder
+from fastadapt.training.options import is_main
 from fastadapt.training.recipe import RECIPES, describe
 from fastadapt.training.run import Run
 
@@ -43,7 +44,7 @@ def finish(run: Run, results: dict[int, list[dict[str, Any]]]) -> dict[str, Any]
                 "checksum": per_seed[best]["checksums"][label],
                 "config": None if stage.config is None else describe(stage.config),
             }
-    if run.main():
+    if is_main():
         for label, found in tasks.items():
             folder.copy(run.seed_folder(found["best_seed"]) / label, Path(found["folder"]))
             found["bytes"] = folder.bytes_of(Path(found["folder"]))
@@ -65,13 +66,13 @@ def finish(run: Run, results: dict[int, list[dict[str, Any]]]) -> dict[str, Any]
         "notes": list(dict.fromkeys(note for found in results.values() for r in found for note in r["notes"])),
         "environment": environment(options.device),
     }  # fmt: skip
-    if run.main():
+    if is_main():
         if importlib.util.find_spec("matplotlib") is None:
             report["notes"].append("no plot: it needs matplotlib (pip install matplotlib)")
         else:
             _draw(report, options.output / PLOT)
         checkpoints.write_json(options.output / REPORT, report)
-        _write_text(options.output / TEXT, text(report, (options.output / PLOT).is_file()))
+        write_text(options.output / TEXT, text(report, (options.output / PLOT).is_file()))
     return report
 
 
@@ -167,7 +168,7 @@ def text(report: dict[str, Any], plot: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write_text(path: Path, content: str) -> None:
+def write_text(path: Path, content: str) -> None:
     try:
         path.write_text(content, encoding="utf-8")
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from fastadapt.training import base, checkpoints, data, folder, recipe
 from fastadapt.training.batches import Example, longest, tokenize
 from fastadapt.training.data import Row, Source
 from fastadapt.training.fit import checkpoint_folder, fit
-from fastadapt.training.options import Options, check, enter, identity_of
+from fastadapt.training.options import Options, check, enter, identity_of, is_main
 from fastadapt.training.task import Task, make_task, targets
 from fastadapt.training.trainer import Unit
 
@@ -55,7 +55,8 @@ def prepare(options: Options) -> list[Prepared]:
     return prepared
 
 
-def _tokenized(prepared: Sequence[Prepared], tokenizer: Any, limit: int) -> list[Prepared]:
+def tokenized(prepared: Sequence[Prepared], tokenizer: Any, limit: int) -> list[Prepared]:
+    """The same with token ids; ``limit`` is how many a row may have."""
     done = []
     for number, item in enumerate(prepared):
         cut = item.task.max_length
@@ -119,7 +120,7 @@ def train(options: Options, progress: Progress | None = None) -> dict[str, Any]:
     """
     from fastadapt.training import report
 
-    progress = progress or Progress()
+    progress = progress or Progress(None if is_main() else io.StringIO())
     options = options.settled()
     check(options)
     prepared = prepare(options)
@@ -129,7 +130,7 @@ def train(options: Options, progress: Progress | None = None) -> dict[str, Any]:
         progress.step(f"{t.name}: {len(item.train_rows)} rows to train, {len(item.dev_rows)} dev, {what}, {t.metric}")
     tokenizer = base.load_tokenizer(options.model)
     model, extra = base.load_model(options.model, prepared[0].task.width)
-    prepared = _tokenized(prepared, tokenizer, longest(tokenizer, model.config))
+    prepared = tokenized(prepared, tokenizer, longest(tokenizer, model.config))
     run = Run(options, prepared, tokenizer, model, tuple(extra), progress)
     mark = enter(options, identity_of(options, run.base_before))
     results = run.seeds(mark)
@@ -164,10 +165,6 @@ class Run:
             folder.load(self.model, path, saved, saved.task.name)
             names.append(saved.task.name)
         return names
-
-    def main(self) -> bool:
-        """Whether this process writes (there are several under ``torchrun``)."""
-        return int(os.environ.get("RANK", "0")) == 0
 
     def seed_folder(self, seed: int) -> Path:
         return self.options.output / SEEDS / str(seed)
@@ -220,12 +217,12 @@ class Run:
                 () if name is None else self.extra,
                 getattr(stage.config, "adapters", ()),
             )
-            if self.main():
+            if is_main():
                 result["notes"] += folder.write(self.model, name, saved, self.tokenizer, where[task.name])
             state = checkpoints.trained_state(self.model, name)
             result["checksums"][name or task.name] = base.checksum(sorted(state.items()))
-        result["parameters"] = _counts(self.model, stage)
-        if self.main():
+        result["parameters"] = counts(self.model, stage)
+        if is_main():
             checkpoints.write_json(done, result)
             shutil.rmtree(checkpoint_folder(self.options, seed, stage.label), ignore_errors=True)
         return result
@@ -241,7 +238,8 @@ class Run:
                     raise RuntimeError(f"{name!r} was changed by a later task")
 
 
-def _counts(model: nn.Module, stage: Stage) -> dict[str, Any]:
+def counts(model: nn.Module, stage: Stage) -> dict[str, Any]:
+    """Parameters of the base and of each of the stage's tasks."""
     report = fa.parameter_report(model)
     if stage.members[0][0] is None:
         return {"base": report.total, "tasks": {stage.label: {"own": report.total, "head": 0, "share": 1.0}}}

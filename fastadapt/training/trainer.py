@@ -137,6 +137,14 @@ class TaskTrainer(Trainer):
         with self.running(inputs.pop("names")):  # the backward too
             return super().training_step(model, inputs, *args, **kwargs)
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if training:
+            # DistributedDataParallel sends what requires a gradient now, which else the active task's alone does.
+            for unit in self.units:
+                if unit.name is not None:
+                    container_of(self.model)[unit.name].requires_grad_(True)
+        return super()._wrap_model(model, training, *args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             names = [unit.name for unit in self.units if unit.name is not None]
@@ -225,8 +233,10 @@ class TaskTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # what a kill has left of it
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process has put its random numbers there
             if self.args.should_save:
                 checkpoints.seal(folder, self.run)
         except (OSError, RuntimeError, SafetensorError, UserError) as error:
