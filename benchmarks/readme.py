@@ -16,6 +16,7 @@ from typing import Any
 
 from fastadapt.bench import compare, latency, merge, op, plot, train
 from fastadapt.bench.report import read_json
+from fastadapt.training import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,6 +76,20 @@ LORA = {
 }
 
 
+def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
+    """The training table, with how its learning rates were found."""
+    sys.path.insert(0, str(ROOT))  # this file is run as a script
+    from benchmarks.training import figures
+
+    how, rates = document["settings"], document["rates"]["how"]
+    text = (
+        f"`{document['command']}`: {how['epochs']:g} epochs, batch {how['batch']}; the best of an evaluation an epoch. "
+        f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rates['rows']} rows, "
+        f"{rates['epochs']:g} epochs, one seed; `--find-rates`). {where(document)}"
+    )
+    return f"{figures.markdown(document)}\n{text}\n"
+
+
 BLOCKS: dict[str, tuple[str, Callable[..., str], Callable[[Records], str]]] = {
     "headline": ("latency", compared(HEADLINE), latency.rows),
     "latency": ("latency", output, latency.rows),
@@ -84,6 +99,7 @@ BLOCKS: dict[str, tuple[str, Callable[..., str], Callable[[Records], str]]] = {
     "train-lora": ("train_lora", output, train.rows),
     "merge": ("merge", output, merge.rows),
     "methods": ("methods", output, compare.rows),
+    "training": ("training", training, compare.rows),
 }
 
 
@@ -96,7 +112,10 @@ def filled(text: str) -> str:
             raise SystemExit(f"README.md: block {name!r}; accepted are {', '.join(BLOCKS)}")
         bench, write, rows = BLOCKS[name]
         path = RESULTS / f"{bench}.json"
-        body = write(read_json(path), rows) if path.is_file() else "Not measured yet: `make bench-full`.\n"
+        read, make = read_json, "bench-full"
+        if name == "training":
+            read, make = checkpoints.read_json, "bench-training DATA=DIR"
+        body = write(read(path), rows) if path.is_file() else f"Not measured yet: `make {make}`.\n"
         return match[1] + body + match[3]
 
     return BLOCK.sub(block, text)

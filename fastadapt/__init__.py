@@ -13,6 +13,7 @@ from fastadapt.adapt import (
     remove,
     restore,
     save,
+    skip_padding,
     unload,
 )
 from fastadapt.capturing import capture
@@ -35,6 +36,7 @@ from fastadapt.dispatch import backend
 from fastadapt.merging import merge, swap, unmerge
 from fastadapt.modules.lora_linear import LoRALinear
 from fastadapt.modules.step import auxiliary_loss
+from fastadapt.optim import param_groups
 from fastadapt.report import explain, parameter_report
 from fastadapt.routing import route
 
@@ -67,12 +69,14 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "param_groups",
     "parameter_report",
     "refresh",
     "remove",
     "restore",
     "route",
     "save",
+    "skip_padding",
     "swap",
     "unload",
     "unmerge",

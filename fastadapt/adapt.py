@@ -19,7 +19,7 @@ from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules import folded
 from fastadapt.modules.active import Active, Part
-from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
+from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, base_modules, container_of, own_labels
 from fastadapt.modules.step import set_hooks
 
 if TYPE_CHECKING:  # these import transformers, which importing fastadapt does not
@@ -38,7 +38,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a Hugging Face model of a wired architecture, bare or with any head, also inside a ``PeftModel``. One
             from AdapterHub's ``adapters.init`` goes on being driven by that library: one active bottleneck adapter,
-            prefix or Fuse runs fused, anything else as it was, and ``explain`` says why.
+            LoRA or prefix, a Fuse or a BatchSplit runs fused, anything else as it was, and ``explain`` says why.
 
     Raises:
         TypeError, ValueError: for what is no such model, listing the wired architectures.
@@ -181,13 +181,7 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
     container = container_of(model)
     names = names_of(model, name)
     check_unrouted(model)
-    count = len(wiring.layers_of(wiring.base_of(model)))
-    try:
-        skipped = tuple(sorted(set(skip_layers)))
-    except TypeError:
-        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
-        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    skipped = layers_to_skip(model, wiring, skip_layers)
     if container is not None:
         if container.merged is not None and (names, skipped) == (
             (container.active, *container.summed),
@@ -197,6 +191,18 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
         check_unmerged(model)
         engage_names(model, wiring, names, skipped)
     return model
+
+
+def layers_to_skip(model: nn.Module, wiring: Wiring, skip_layers: Iterable[int]) -> tuple[int, ...]:
+    """``skip_layers``, checked and in order."""
+    count = len(wiring.layers_of(wiring.base_of(model)))
+    try:
+        skipped = tuple(sorted(set(skip_layers)))
+    except TypeError:
+        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
+        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    return skipped
 
 
 def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
@@ -239,12 +245,12 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
     remember_problem_type(model, container)
     chosen = [container[name] for name in names]
     adaptation = chosen[0] if chosen else None
-    prefixes = tuple(f"{wiring.layers}.{i}." for i in skipped)
+    prefixes = wiring.prefixes_of(skipped)
     actives: dict[str, Active] = {}
     running: list[Part] = []
     for each in chosen:
         for path, part in each.parts().items():
-            if not path.startswith(prefixes or ("\0",)):
+            if not path.startswith(prefixes):
                 sublayer, child = wiring.owner(path)
                 part.join(actives.setdefault(sublayer, Active()), child)
                 running.append(part)
@@ -272,7 +278,7 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
         if each.trainable:
             each.requires_grad_(True)
             for path, part in each.parts().items():
-                runs = not path.startswith(prefixes or ("\0",))
+                runs = not path.startswith(prefixes)
                 if not runs:
                     part.requires_grad_(False)
                 for site in borrowed_sites(part):
@@ -472,11 +478,45 @@ def refresh(model: Model) -> Model:
     return model
 
 
+def skip_padding(model: Model, skip: bool = True) -> Model:
+    """Leave padding out of the layers also where its hidden states are outputs: they are zeros then.
+
+    Where a head reads the first position alone (sequence classification), padding is left out without asking, because
+    nobody sees the difference. A bare encoder, a token classifier or a language model gives what the layers make of
+    padding, as the stock model does, until this is called.
+
+    Args:
+        model: with fused sublayers, after ``accelerate``, ``adapt`` or ``load``.
+        skip: False takes it back.
+
+    Raises:
+        ValueError: for a model without fused sublayers, and one for question answering, whose head reads all positions.
+    """
+    from fastadapt.modules.unpad import FusedEncoder
+
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip: got {skip!r}; accepted are True and False")
+    wiring = wiring_of(model)
+    encoder = wiring.base_of(model).get_submodule(wiring.encoder)
+    if not isinstance(encoder, FusedEncoder):
+        raise ValueError("model: has no fused sublayers; accepted is one after accelerate, adapt or load")
+    if skip and encoder.head == "all":
+        raise ValueError(f"model: the head of {type(model).__name__} reads padding too; accepted is another model")
+    encoder.__dict__["skips_padding"] = skip
+    return model
+
+
 # -- shared by the verbs -----------------------------------------------------------------------------------------
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in model.named_parameters() if not key.startswith(f"{CONTAINER}.")]
+    """(key, parameter) of all that is no adaptation's, each parameter once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return list(found.values())
 
 
 def check_owner(model: nn.Module, wiring: Wiring) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from fastadapt import dispatch
+from fastadapt import dispatch, proven
 from fastadapt.bench import report
 
 # Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do.
@@ -17,7 +17,7 @@ PROVEN = {
     "reference": "CPU, in every test; it is what the others are compared with",
     "cpu": "x86-64 with AVX-512 and AVX512-BF16; AVX2 and portable code forced there; AMX in an emulator",
     "triton": "the interpreter on a CPU, and compiled offline for sm_80 and sm_90",
-    "cuda": "no CUDA C++ kernel exists yet",
+    "cuda": "an emulator on a CPU that runs the same code, and compiled offline for sm_80 and sm_90",
 }
 
 
@@ -68,5 +68,7 @@ def text() -> str:
     for name, state in backend_states().items():
         lines.append((f"backend {name}", state))
         lines.append(("", f"proven on: {PROVEN[name]}"))
+        if name in proven.table():
+            lines.append(("", f"proven on a GPU: {proven.devices(name) or 'none, its tests never ran on one'}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)

@@ -141,9 +141,10 @@ class ParameterReport:
             f"trained {self.trained:,} of {self.total:,} parameters ({self.trained_share:.2%}), base {self.base:,}",
         ]
         if self.tasks:
-            table = [("task", "adapter", "LayerNorm", "head", "share of the base")]
+            table = [("task", "adapter", "LayerNorm", "head", "in training only", "share of the base")]
             for name, t in self.tasks.items():
-                table.append((name, f"{t.adapter:,}", f"{t.layer_norm:,}", f"{t.head:,}", f"{t.share:.2%}"))
+                counts = (t.adapter, t.layer_norm, t.head, t.training_only)
+                table.append((name, *(f"{count:,}" for count in counts), f"{t.share:.2%}"))
             lines.append(_aligned(table))
         return "\n".join(lines)
 

@@ -49,6 +49,8 @@ def test_explain_lists_the_sublayers(capsys):
         ["bench", "methods"],
         ["bench", "op"],
         ["plot"],
+        ["train"],
+        ["predict"],
     ],
 )
 def test_help(capsys, command):
@@ -82,7 +84,7 @@ def test_help(capsys, command):
         (["bench", "latency", "--layers", "1", "--peers", "--seq", "513", "--model", "tests"], ["--model", "tests"]),
         (["plot", "/nowhere.json"], ["/nowhere.json", "cannot be read"]),
         (["explain", "/nowhere"], ["--model", "/nowhere"]),
-        (["train"], ["invalid choice", "train"]),
+        (["teach"], ["invalid choice", "teach"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, parts):

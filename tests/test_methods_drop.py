@@ -48,7 +48,7 @@ def test_robust_draws_the_lowest_layer_for_each_batch(scope):
         torch.manual_seed(seed)
         model.zero_grad()
         needs = grad_flow(model)
-        first = model.fastadapt["a"].parts()["encoder.layer.0.output"].step.first
+        first = model.fastadapt["a"].parts()["encoder.layer.0.output"].step.turn.first
         seen.add(first)
         assert needs == ([True] * 3 if first == 0 else [False] * first + [True] * (3 - first))
         got = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -71,7 +71,7 @@ def test_seeds_repeat_the_draws_and_inference_has_none():
     for _ in range(2):
         torch.manual_seed(11)
         model.train()
-        draws.append([(model(**batch(model)), step.first)[1] for _ in range(8)])
+        draws.append([(model(**batch(model)), step.turn.first)[1] for _ in range(8)])
     assert draws[0] == draws[1] and len(set(draws[0])) > 1
     assert torch.equal(output(model.eval()), whole)
 
@@ -97,7 +97,7 @@ def test_independent_drops_rows():
         model.zero_grad()
         out = model(**inputs)
         out.loss.backward()
-        live = step.live
+        live = step.turn.live
         assert live.shape == (3, 3)
         mixed += int(any(0 < int(r.sum()) < 3 for r in live))
         dead += int(not live[0].any())
@@ -119,7 +119,7 @@ def test_independent_drops_rows():
     assert mixed and dead, "the case tests nothing"
     model.eval()
     assert torch.equal(output(model), output(adapted(config(None))))
-    assert step.live is None
+    assert step.turn.live is None
 
 
 def test_the_embeddings_norm_sleeps_with_the_layers_above():
@@ -127,9 +127,9 @@ def test_the_embeddings_norm_sleeps_with_the_layers_above():
     norm = next(m for m in model.modules() if isinstance(m, FusedNorm))
     site = norm.active.site
     assert site.layer == -1
-    site.step.first = 1
+    site.step.turn.first = 1
     assert site.asleep()
-    site.step.first = 0
+    site.step.turn.first = 0
     assert not site.asleep()
 
 

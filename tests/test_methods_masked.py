@@ -169,15 +169,24 @@ def test_gradient_checkpointing(reentrant):
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(5)
-        if checkpointed and reentrant:
-            with pytest.raises(RuntimeError, match="use_reentrant"):
-                model(**batch(model, labels=True))
-            return
-        model(**batch(model, labels=True)).loss.backward()
+        losses = [model(**batch(model, rows, labels=True)).loss for rows in (3, 2)]
+        (1024 * losses[0] + 3 * losses[1]).backward()  # as a GradScaler and an accumulation weigh them
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert set(gradients[0]) == set(gradients[1])
+    assert all(grad.any() for name, grad in gradients[0].items() if "mask_head" in name)
     for name, grad in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[1][name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_joins_nothing_is_told():
+    model = adapted(HOULSBY).train()
+    inputs = batch(model)
+    for _ in range(2):
+        model(**inputs)
+        assert fa.auxiliary_loss(model).requires_grad and fa.auxiliary_loss(model) is None
+    model(**inputs)
+    with pytest.warns(UserWarning, match="auxiliary_loss"):
+        model(**inputs)
 
 
 def test_trainer_adds_the_loss(tmp_path):

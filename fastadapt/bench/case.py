@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.bench.text import SENTENCES
+from fastadapt.errors import UserError
 from fastadapt.models import wiring_of
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -20,10 +21,6 @@ RANDOM_MODELS: dict[str, dict[str, int]] = {
 }
 LABELS = 2
 TARGETS = ("query", "key", "value", "attention_output", "intermediate", "output")  # where a LoRA can be
-
-
-class UserError(Exception):
-    """A request that cannot be served; the command line prints it as one line."""
 
 
 @dataclass(frozen=True)

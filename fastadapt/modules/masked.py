@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +31,6 @@ class MaskedSite(Site):
     ) -> None:
         super().__init__(config, hidden, width, norm, device=device, dtype=dtype)
         self.mask_head = None
-        self.pending: Tensor | None = None
         self._folded_up, self._folded_all = Folded(), Folded()
         if width is not None:
             self.mask_head = nn.Linear(hidden, width, device=device, dtype=dtype)
@@ -49,13 +46,7 @@ class MaskedSite(Site):
         return [] if self.mask_head is None else list(self.mask_head.parameters())
 
     def take_loss(self) -> Tensor | None:
-        loss, self.pending = self.pending, None
-        if loss is not None and not loss.requires_grad and self.mask_head.weight.requires_grad:
-            raise RuntimeError(
-                "the loss of predicted masks has no gradient under reentrant checkpointing; accepted is "
-                "gradient_checkpointing_enable({'use_reentrant': False})"
-            )
-        return loss
+        return self.step.turn.take(self)
 
     def up_weight(self) -> Tensor:
         """W_up, its columns of neurons that the fixed mask leaves out zero."""
@@ -78,7 +69,7 @@ class MaskedSite(Site):
         kept = ops.drop(torch.ones_like(z), self.config.mask_prob) != 0
         o = F.linear(z * (kept & self.neurons), self.up.weight, self.up.bias)
         if self.has_loss:
-            self.pending = self._loss(o, kept)
+            o = self.step.turn.bring(self, o, self._loss(o, kept))
         y = ops.drop(o * self.scale, self.config.dropout)
         if skip:
             y = y + read
@@ -91,12 +82,9 @@ class MaskedSite(Site):
         """λ times the mean cross-entropy of the predicted 1 - m over unpadded tokens and neurons."""
         logits = self.mask_head(o).float()
         each = F.binary_cross_entropy_with_logits(logits, (~kept).float(), reduction="none").mean(-1)
-        unpadded = None if self.step is None else self.step.unpadded
+        unpadded = self.step.turn.unpadded
         if unpadded is None or unpadded.shape != each.shape:
             mean = each.mean()
         else:
             mean = (each * unpadded).sum() / unpadded.sum().clamp(min=1)
         return self.config.mask_loss_weight * mean
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pending": None}  # a tensor with a graph has no copy

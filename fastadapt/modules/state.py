@@ -92,6 +92,7 @@ class Adaptations(nn.Module):
         self.base_requires_grad: dict[str, bool] = {}  # before the first adaptation froze them
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
+        self.loss_waits = False  # whether a forward made an auxiliary loss that nobody has taken
 
     route: Any = None  # the Routing in place, while fa.route lasts
 
@@ -121,6 +122,14 @@ class Adaptations(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all of a model but its adaptations, of which there may be a thousand."""
+    yield "", model
+    for name, child in model._modules.items():
+        if name != CONTAINER and child is not None:
+            yield from child.named_modules(prefix=name)
 
 
 def container_of(model: nn.Module) -> Adaptations | None:

@@ -5,7 +5,10 @@ Two hooks, put in by activating an adaptation that needs them: one before the ba
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +17,82 @@ from torch import Tensor, nn
 from fastadapt.config import AdapterDrop
 from fastadapt.modules.active import Part
 from fastadapt.modules.state import container_of
+
+
+@dataclass(eq=False)
+class Turn:
+    """One forward, and what its backward has to know about it.
+
+    Args:
+        first: layers below it are dropped for the whole batch.
+        live: bool [L, B] on the CPU, which rows each layer adapts; None where it is all of them.
+        unpadded: bool [B, S]; None where nothing is padding.
+        recorded: whether autograd was on when it began.
+        losses: what parts add to the loss, by their ids; None where it has been taken.
+        replayed: ids of parts that a reentrant checkpoint runs without autograd now, and once more in backward.
+        weight: what the gradient of the loss with respect to each of ``losses`` is; backward finds out, before it comes
+            to the replayed parts.
+    """
+
+    first: int = 0
+    live: Tensor | None = None
+    unpadded: Tensor | None = None
+    recorded: bool = False
+    losses: dict[int, Tensor | None] = field(default_factory=dict)
+    replayed: set[int] = field(default_factory=set)
+    weight: Tensor | None = None
+
+    def bring(self, part: Part, carrier: Tensor, loss: Tensor) -> Tensor:
+        """Have ``loss`` join the model's, and ``carrier`` back, which the part's output has to be computed from.
+
+        A reentrant checkpoint runs the part without autograd first, so that the loss joins as a mere number, and again
+        in backward, where its gradient comes along with the carrier's.
+        """
+        if id(part) in self.replayed and torch.is_grad_enabled():
+            return _Replayed.apply(carrier, loss, self)
+        if self.recorded and not torch.is_grad_enabled():
+            self.replayed.add(id(part))
+        self.losses.setdefault(id(part), loss)
+        return carrier
+
+    def take(self, part: Part) -> Tensor | None:
+        loss = self.losses.get(id(part))
+        if loss is not None:
+            self.losses[id(part)] = None  # a checkpoint's second run finds it taken
+        return loss
+
+
+class _Replayed(torch.autograd.Function):
+    """``carrier``; in backward the gradient of ``loss`` comes along, with the weight that :class:`_Weighed` left."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor, turn: Turn) -> Tensor:
+        ctx.turn, ctx.like = turn, loss.detach()
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        weight = ctx.turn.weight
+        return grad, None if weight is None else weight.to(ctx.like).expand_as(ctx.like), None
+
+
+class _Weighed(torch.autograd.Function):
+    """``loss``, the mean of ``count``; backward notes in the forward's turn what each of them weighs.
+
+    It does so before it comes to the layers, which were run earlier. ``anchor`` requires a gradient and gets none: it
+    makes autograd come by where the losses have no graph yet.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, step: Step, count: int) -> Tensor:
+        ctx.step, ctx.turn, ctx.count = step, step.turn, count
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        ctx.turn.weight = grad / ctx.count
+        ctx.step.turn = ctx.turn  # of several forwards before one backward, a checkpoint replays this one now
+        return None, grad, None, None
 
 
 class Step:
@@ -26,9 +105,7 @@ class Step:
 
     def __init__(self, layers: int, drop: AdapterDrop | None) -> None:
         self.layers, self.drop = layers, drop
-        self.first = 0  # layers below it are dropped for the whole batch
-        self.live: Tensor | None = None  # [L, B] on the CPU: which rows each layer adapts
-        self.unpadded: Tensor | None = None  # [B, S], or None where nothing is padding
+        self.turn = Turn()
 
     def begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Draw what is dropped in this forward, and note the padding.
@@ -38,8 +115,8 @@ class Step:
         ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.unpadded = mask.bool() if mask is not None and mask.dim() == 2 else None
-        self.first, self.live = 0, None
+        turn = self.turn = Turn(recorded=torch.is_grad_enabled())
+        turn.unpadded = mask.bool() if mask is not None and mask.dim() == 2 else None
         if self.drop is None or not base.training:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -48,24 +125,26 @@ class Step:
                 "repeat; accepted is an adaptation without it, or a forward outside of a capture"
             )
         if self.drop.mode == "robust":
-            self.first = _on_all_ranks(torch.randint(self.layers, ()), next(base.parameters()).device)
+            turn.first = _on_all_ranks(torch.randint(self.layers, ()), next(base.parameters()).device)
         elif self.drop.mode == "independent":
-            self.live = torch.rand(self.layers, ids.shape[0]) >= self.drop.p
+            turn.live = torch.rand(self.layers, ids.shape[0]) >= self.drop.p
 
     def dropped(self, layer: int) -> bool:
         """Whether nothing of the adaptation runs in this layer (-1: the embeddings) for any row."""
-        if layer < self.first and self.first > 0:
+        turn = self.turn
+        if layer < turn.first and turn.first > 0:
             return True
-        return self.live is not None and layer >= 0 and not bool(self.live[layer].any())
+        return turn.live is not None and layer >= 0 and not bool(turn.live[layer].any())
 
     def rows(self, layer: int) -> Tensor | None:
         """[B] on the CPU: the rows that this layer adapts; None where it is all of them."""
-        if self.live is None or layer < 0 or bool(self.live[layer].all()):
+        live = self.turn.live
+        if live is None or layer < 0 or bool(live[layer].all()):
             return None
-        return self.live[layer]
+        return live[layer]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "first": 0, "live": None, "unpadded": None}
+        return {**self.__dict__, "turn": Turn()}
 
 
 def _on_all_ranks(value: Tensor, device: torch.device) -> int:
@@ -94,17 +173,33 @@ class _AddLosses:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
             return None
+        container = container_of(model)
         if isinstance(output, tuple):
             # Of a head's outputs the loss alone is a scalar, and it comes first.
-            if not output or not isinstance(output[0], Tensor) or output[0].dim() != 0:
-                return None
-            extra = auxiliary_loss(model)
-            return None if extra is None else (output[0] + extra, *output[1:])
-        if getattr(output, "loss", None) is not None:
-            extra = auxiliary_loss(model)
-            if extra is not None:
-                output["loss"] = output["loss"] + extra
+            loss = output[0] if output and isinstance(output[0], Tensor) and output[0].dim() == 0 else None
+        else:
+            loss = getattr(output, "loss", None)
+        if loss is None:
+            if container.loss_waits:
+                _warn_once(container.active)
+            container.loss_waits = True
+            return None
+        extra = auxiliary_loss(model)
+        if extra is None:
+            return None
+        if isinstance(output, tuple):
+            return (loss + extra, *output[1:])
+        output["loss"] = loss + extra
         return output
+
+
+@functools.cache
+def _warn_once(name: str) -> None:
+    warnings.warn(
+        f"the forward of {name!r} was given no labels, so its auxiliary loss joined nothing (label smoothing in "
+        "Trainer and losses computed from logits do that); accepted is to add fa.auxiliary_loss(model) after it",
+        stacklevel=2,
+    )
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
@@ -119,12 +214,24 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     container = container_of(model)
     if container is None or container.active is None:
         return None
-    running = [p for name in (container.active, *container.summed) for p in container[name].parts().values()]
-    summed = [loss for part in running if not part.averaged and (loss := part.take_loss()) is not None]
-    averaged = [loss for part in running if part.averaged and (loss := part.take_loss()) is not None]
-    total = sum(summed[1:], summed[0]) if summed else None
+    container.loss_waits = False
+    total: Tensor | None = None
+    averaged: list[Tensor] = []
+    step: Step | None = None
+    for name in (container.active, *container.summed):
+        for part in container[name].parts().values():
+            loss = part.take_loss()
+            if loss is None:
+                continue
+            if part.averaged:
+                averaged.append(loss)
+                step = part.step
+            else:
+                total = loss if total is None else total + loss
     if averaged:
         mean = sum(averaged[1:], averaged[0]) / len(averaged)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            mean = _Weighed.apply(torch.zeros((), requires_grad=True), mean, step, len(averaged))
         total = mean if total is None else total + mean
     return total
 
@@ -136,7 +243,7 @@ def set_hooks(model: nn.Module, base: nn.Module, running: Iterable[Part]) -> Non
     parts = list(running)
     step = next((part.step for part in parts if part.step is not None), None)
     if step is not None:
-        step.first, step.live = 0, None
+        step.turn = Turn()
         base.register_forward_pre_hook(_Begin(step), with_kwargs=True)
     if any(part.has_loss for part in parts):
         model.register_forward_hook(_AddLosses())

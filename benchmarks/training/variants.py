@@ -1,0 +1,75 @@
+"""The rows of the table: methods with their sizes, their learning rates, and who else has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fastadapt as fa
+from fastadapt.errors import UserError
+from fastadapt.training import checkpoints
+from fastadapt.training.recipe import Size
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        label: what the table calls it.
+        method, size: of ``fastadapt train``.
+        rates: learning rates that ``--find-rates`` tries; those of full fine-tuning are BERT's and the next two.
+        peer: whose step is timed beside ours, one of :data:`fastadapt.bench.peers.PEERS`; ``"stock"`` trains the same
+            parameters in a stock model; None where nobody has the method.
+        bench: the method in :mod:`fastadapt.bench`, and the fields of its case.
+        rate_of: the variant whose rate it takes.
+    """
+
+    label: str
+    method: str
+    size: Size = field(default_factory=Size)
+    rates: tuple[float, ...] = ()
+    peer: str | None = None
+    bench: tuple[str, dict[str, Any]] | None = None
+    rate_of: str | None = None
+
+
+_WIDE = (3e-4, 1e-3, 3e-3)
+
+
+def _houlsby(b: int, rate_of: str | None = None) -> Variant:
+    case = ("houlsby", {"bottleneck": b})
+    return Variant(f"Houlsby b={b}", "houlsby", Size(bottleneck=b), _WIDE, "adapterhub", case, rate_of)
+
+
+_MAM = {"prefix": fa.PrefixConfig(length=16), "parallel": fa.ParallelConfig(bottleneck=16, scale=2.0)}  # He's for GLUE
+VARIANTS: dict[str, Variant] = {
+    "full": Variant("full fine-tuning", "full", rates=(2e-5, 5e-5, 1e-4, 2e-4)),
+    "head": Variant("head only", "head", rates=(1e-3, 3e-3, 1e-2), peer="stock"),
+    "houlsby-8": _houlsby(8, "houlsby-64"),
+    "houlsby-64": _houlsby(64),
+    "houlsby-128": _houlsby(128, "houlsby-64"),
+    "pfeiffer": Variant("Pfeiffer b=H/16", "pfeiffer", Size(), _WIDE, "adapterhub", ("pfeiffer", {"bottleneck": 24})),
+    "lora": Variant("LoRA r=8 on q, v", "lora", Size(), _WIDE, "peft",
+                    ("lora", {"rank": 8, "targets": ("query", "value")})),
+    "bitfit": Variant("BitFit", "bitfit", Size(), _WIDE, "stock"),
+    "mam": Variant("MAM 16, 16", "mam", Size(fields=_MAM), _WIDE, "adapterhub",
+                   ("mam", {"length": 16, "bottleneck": 16})),
+    "masked": Variant("masked b=64", "masked", Size(), _WIDE),
+}  # fmt: skip
+SIZED = ("houlsby-8", "houlsby-64", "houlsby-128")  # what "the size chosen per task" chooses from
+FIXED, FULL = "houlsby-64", "full"
+
+
+def rate_name(name: str) -> str:
+    """The variant whose sweep decides about the rate of ``name``."""
+    return VARIANTS[name].rate_of or name
+
+
+def read_rates(path: Path) -> dict[str, float]:
+    """Variant -> learning rate, as ``--find-rates`` wrote them."""
+    if not path.is_file():
+        raise UserError(f"--rates: {path} is missing; --find-rates makes it")
+    found = checkpoints.read_json(path)["rates"]
+    return {name: found[rate_name(name)]["lr"] for name in VARIANTS if rate_name(name) in found}
