@@ -3,6 +3,8 @@
 # make bench-training DATA=DIR  the training table from CoLA, SST-2, STS-B and TREC in DIR (hours; goes on if stopped)
 # make test        set up .venv-test (transformers 5.x) and run the tests
 # make test-tf4    set up .venv-test-tf4 (transformers 4.57.6, AdapterHub) and run the tests
+# make cuda-compile   compile the CUDA kernels for GPUs that need not be here, where nvcc is
+# make triton-compile the whole table of what the Triton kernels cost when compiled (an hour on 2 cores)
 # make lint, make clean
 #
 # PYTHON and TORCH may be set: make test PYTHON=python3.12 TORCH=2.12.0. PIP_FLAGS goes to every pip call.
@@ -25,7 +27,7 @@ MODEL = --model bert-base --layers 4 --seq 128
 CONDITIONS = $(MODEL) --method houlsby --bottleneck 64
 LORA = $(MODEL) --method lora --targets all
 
-.PHONY: bench bench-full bench-training test test-tf4 lint clean
+.PHONY: bench bench-full bench-training test test-tf4 cuda-compile triton-compile lint clean
 .DELETE_ON_ERROR:
 
 # -- environments: torch first, pinned, and a constraint so that nothing later replaces it --------------------------
@@ -81,6 +83,12 @@ bench-full: .venv-bench/stamp-$(TORCH)
 	  --json $(RESULTS)/methods.json --plot $(RESULTS)/methods.png
 	$(FASTADAPT) bench methods --model bert-base --layers 12 --methods adapterdrop --batch 8 32 --dtype fp32 bf16 \
 	  --budget 20 --json $(RESULTS)/methods_drop.json
+	$(FASTADAPT) bench latency $(CONDITIONS) --batch 32 --dtype fp32 bf16 --tasks 8 32 --budget 20 \
+	  --json $(RESULTS)/mixed.json
+	$(FASTADAPT) bench latency $(LORA) --rank 8 --batch 32 --dtype fp32 bf16 --tasks 8 32 --budget 20 \
+	  --json $(RESULTS)/mixed_lora.json
+	$(FASTADAPT) bench latency --model bert-base --layers 12 --seq 128 --method adapterdrop --drop 5 --bottleneck 64 \
+	  --batch 8 32 --dtype fp32 bf16 --tasks 8 --same-text --budget 60 --json $(RESULTS)/shared.json
 	.venv-bench/bin/python benchmarks/must.py $(RESULTS)
 
 SEEDS ?= 0
@@ -96,6 +104,12 @@ test: .venv-test/stamp-$(TORCH)
 
 test-tf4: .venv-test-tf4/stamp-$(TORCH)
 	.venv-test-tf4/bin/python -m pytest -q $(TESTS)
+
+cuda-compile: .venv-test/stamp-$(TORCH)
+	.venv-test/bin/python -m benchmarks.cuda_compile
+
+triton-compile: .venv-test/stamp-$(TORCH)
+	.venv-test/bin/python -m benchmarks.triton_compile
 
 lint: .venv-test/stamp-$(TORCH)
 	.venv-test/bin/python -m ruff check .

@@ -37,11 +37,20 @@ CPU_SOURCES: list[str] = [
     "csrc/cpu/isa_avx512_bf16.cpp",
     "csrc/cpu/isa_amx.cpp",
     "csrc/cpu/isa_amx_emulated.cpp",
+    "csrc/cuda/binding.cpp",
+    "csrc/cuda/emulated.cpp",
 ]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES: list[str] = [
+    "csrc/cuda/few.cu",
+    "csrc/cuda/gpu.cu",
+    "csrc/cuda/merge.cu",
+]
 
 CPU_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-g0"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "--use_fast_math", "-lineinfo"]
+# No fast math: it flushes denormals, and a merge has to come out the same to the bit in every backend.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-lineinfo"]
+# Where TORCH_CUDA_ARCH_LIST names none; never those of a GPU that happens to be here.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 # What the errors below tell the reader to do about it.
 REMEDY = "Everything works without them, slower. Build them with: pip install --no-build-isolation -e ."
@@ -193,6 +202,7 @@ def extension_commands() -> tuple[list, dict]:
     flags = {"cxx": CPU_FLAGS + (["-DFASTADAPT_CUDA"] if with_cuda else [])}
     if with_cuda:
         flags["nvcc"] = CUDA_FLAGS
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "fastadapt._C",
         CPU_SOURCES + (CUDA_SOURCES if with_cuda else []),

@@ -219,10 +219,29 @@ def methods(records: Records, drop: Records) -> list[Figure]:
     return found
 
 
+def tasks(mixed: Records, mixed_lora: Records, shared: Records) -> list[Figure]:
+    """Several tasks at once."""
+    found = []
+    for method, records in (("houlsby", mixed), ("lora", mixed_lora)):
+        for count, must, goal in ((8, 1.05, 1.02), (32, 1.12, 1.05)):
+            for dtype in ("fp32", "bf16"):
+                cell = {"method": method, "dtype": dtype, "batch": 32, "mixed_with": count}
+                got = ratio(records, "fastadapt-mixed", "fastadapt", **cell)
+                found.append(Figure(f"{method}, {count} tasks in a batch of 32 ÷ one, {dtype}", must, goal, got))
+    for dtype in ("fp32", "bf16"):
+        for batch in (8, 32):
+            cell = {"dtype": dtype, "batch": batch, "mixed_with": 8, "layers": 12, "drop": 5}
+            got = ratio(shared, "fastadapt-shared", "fastadapt-alone", **cell)
+            text = f"8 tasks on the same {batch} texts, 5 of 12 layers shared ÷ each alone, {dtype}"
+            found.append(Figure(text, 0.70, 0.65, got))
+    return found
+
+
 TABLES: tuple[tuple[Callable[..., list[Figure]], tuple[str, ...]], ...] = (
     (bottlenecks, ("latency", "train", "op")),
     (loras, ("latency_lora", "train_lora", "merge")),
     (methods, ("methods", "methods_drop")),
+    (tasks, ("mixed", "mixed_lora", "shared")),
 )
 
 

@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be here, and table what each costs: registers, spills, memory.
 
     python -m benchmarks.triton_compile                      # the whole table, written beside the other results
+    python -m benchmarks.triton_compile --missing            # what the table doesn't hold yet, put into it
     python -m benchmarks.triton_compile --only bottleneck --hidden 768 --arch 90     # some of it, printed
 
 The launches are recorded, not copied: the ops' own host functions run on meta tensors with the architecture set, and
@@ -33,29 +34,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastadapt.backends.triton import bottleneck, launch, linear, lora, norm
+from fastadapt.backends.triton import bottleneck, bottleneck_rows, launch, linear, lora, merge, mix, norm
 
 TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
 HIDDEN = (384, 768, 1024)
-BOTTLENECKS = (16, 48, 64, 100, 256)
+BOTTLENECKS = (7, 16, 48, 64, 100, 256)
+FEW_BOTTLENECKS = (48, 64, 256)  # of kernels that are those of one bottleneck, with a table beside them
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (512, 65536)  # a heuristic may choose small tiles for few rows
-LORA_HIDDEN = (768, 1024)
 RANKS = (1, 4, 8, 12, 16, 48, 64, 128)
 # One of the narrowest tile and one of the widest: all that there is where no kernel has the rank as a constant
-# (float32, dropout, several slots), and what the larger hidden size is held to.
+# (dropout, several slots).
 FEW_RANKS = (8, 48)
 RANK_OF_FEW_ROWS = 8
 BATCH_ROWS, SLOTS = 32, 8
+AT_ONCE = 60  # cases between two writes of the table
 # Of a multiprocessor of compute capability 8.0 and 9.0 (CUDA C++ Programming Guide, "Technical Specifications").
 _WARPS, _PROGRAMS, _REGISTERS, _SHARED_BYTES = 64, 32, 65536, {80: 164 * 1024, 90: 228 * 1024}
-_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int64": "*i64"}
+_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int64": "*i64", "int32": "*i32"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape; ``bottleneck`` is a LoRA's rank, and 0 where the op has neither."""
+    """One op at one shape; ``bottleneck`` is a LoRA's rank, and 0 where the op has neither.
+
+    A merge is of all linears of twelve layers of this width; ``rows`` has no meaning for it.
+    """
 
     op: str
     arch: int
@@ -143,6 +148,38 @@ def _linear(case: Case, forward: bool) -> None:
         linear.backward(new(t, 4 * h), new(t, 4 * h), [new(4 * h, h)], "gelu", 0.0, None, True, True)
 
 
+def _bottleneck_rows(case: Case, forward: bool) -> None:
+    """SLOTS slots, the last without an adapter, the others with one of this width each."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
+
+    t, h, b, own = case.rows, case.hidden, case.bottleneck, SLOTS - 1
+    rows = torch.empty(BATCH_ROWS, dtype=torch.int64, device="meta")
+    w_down, w_up = [*(new(b, h) for _ in range(own)), None], [*(new(h, b) for _ in range(own)), None]
+    norm = [new(h)] * SLOTS
+    vectors, how = [None] * SLOTS, (["gelu"] * SLOTS, [1.0] * SLOTS, [True] * SLOTS, [False] * SLOTS, 1e-12,
+                                    [0.1] * SLOTS, torch.empty((), dtype=torch.int64, device="meta"))  # fmt: skip
+    x, residual, s = (new(t, h) for _ in range(3))
+    if forward:
+        b_down, b_up = [*(new(b) for _ in range(own)), None], [*(new(h) for _ in range(own)), None]
+        bottleneck_rows.forward(x, residual, rows, w_down, b_down, w_up, b_up, vectors, norm, norm, *how, True)
+    else:
+        bottleneck_rows.backward(x, x, residual, new(t, b), s, rows, w_down, w_up, vectors, norm, *how, True, True,
+                                 [True] * SLOTS, [True] * SLOTS)  # fmt: skip
+
+
+def _mix(case: Case, forward: bool) -> None:
+    """As many adapters as there are slots elsewhere."""
+    dtype, width = getattr(torch, case.dtype), SLOTS * case.bottleneck
+    sigma, t = (torch.empty((case.rows, n), dtype=dtype, device="meta") for n in (width, width + SLOTS))
+    shift, seed = torch.empty(case.rows, dtype=dtype, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    if forward:
+        mix.forward(sigma, t, shift, SLOTS, 0.1, seed)
+    else:
+        mix.backward(t, sigma, t, shift, SLOTS, 0.1, seed)
+
+
 # The linears of a layer as (depth, widths) in hidden sizes.
 LINEARS = {"square": (1, (1,)), "qkv": (1, (1, 1, 1)), "wide": (1, (4,)), "deep": (4, (1,))}
 
@@ -170,16 +207,38 @@ def _lora(case: Case, of: str, forward: bool, p: float = 0.0, slots: int = 1, pa
         lora.backward(y, x, new(*y.shape, dtype=case.dtype), s, weights, slots, a, b, *how, True, slots > 1, True)
 
 
+def _merge(case: Case) -> None:
+    """The kernels themselves: their host function reads what it merges."""
+    tile = launch.merge_tile(ARCHITECTURES[case.arch])
+    tiles = merge_weights(case) // (tile.rows * tile.cols)
+    table, places, keys = (torch.empty(2**20, dtype=torch.int64, device="meta") for _ in range(3))
+    matrix_of, listed = (torch.empty(2**20, dtype=torch.int32, device="meta") for _ in range(2))
+    options = {"NAME": case.dtype, "ROWS": tile.rows, "COLS": tile.cols, "ALIGNED": True, "num_warps": tile.warps}
+    merge.out_kernel[(tiles,)](table, matrix_of, **options)
+    merge.check_kernel[(tiles,)](table, table, matrix_of, places, places, OUT=False, IN=True, **options)
+    merge.in_kernel[(tiles,)](table, matrix_of, places, keys, listed, **options)
+
+
+def merge_weights(case: Case) -> int:
+    """The weights that a merge case goes over: twelve layers of four square linears, a wide and a deep one."""
+    return 12 * 12 * case.hidden**2
+
+
 OPS: dict[str, Callable[[Case], None]] = {
     "bottleneck inference": lambda case: _bottleneck(case, forward=True, training=False),
     "bottleneck training": lambda case: _bottleneck(case, forward=True, training=True),
     "bottleneck backward": lambda case: _bottleneck(case, forward=False, training=True),
     "bottleneck autocast training": lambda case: _bottleneck(case, True, True, "float32"),
     "bottleneck autocast backward": lambda case: _bottleneck(case, False, True, "float32"),
+    "bottleneck rows training": lambda case: _bottleneck_rows(case, forward=True),
+    "bottleneck rows backward": lambda case: _bottleneck_rows(case, forward=False),
+    "mix training": lambda case: _mix(case, forward=True),
+    "mix backward": lambda case: _mix(case, forward=False),
     "add_norm training": lambda case: _add_norm(case, forward=True),
     "add_norm backward": lambda case: _add_norm(case, forward=False),
     "linear training": lambda case: _linear(case, forward=True),
     "linear backward": lambda case: _linear(case, forward=False),
+    "merge": _merge,
 }
 for _of, _forward in itertools.product(LINEARS, (True, False)):
     OPS[f"lora {_of} {'training' if _forward else 'backward'}"] = partial(_lora, of=_of, forward=_forward)
@@ -193,20 +252,21 @@ for _kind, _options in (("dropout", {"p": 0.1}), ("rows", {"slots": SLOTS}), ("a
 def cases() -> Iterator[Case]:
     """The whole table: few and many rows in 16-bit types, many in float32 and under autocast."""
     for op, arch, dtype, hidden, rows in itertools.product(OPS, ARCHITECTURES, DTYPES, HIDDEN, ROWS):
-        if dtype == "float32" and rows != ROWS[-1]:
+        if (dtype == "float32" or op == "merge") and rows != ROWS[-1]:
             continue
         if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
             continue
         widths = (0,)
-        if op.startswith("bottleneck"):
+        if op.startswith(("bottleneck rows", "mix")):
+            widths = FEW_BOTTLENECKS if rows == ROWS[-1] and hidden == 768 else ()
+        elif op.startswith("bottleneck"):
             widths = BOTTLENECKS
-        elif op.startswith("lora") and hidden not in LORA_HIDDEN:
-            continue
+        elif op == "merge":
+            widths = RANKS
         elif "dropout" in op or "rows" in op:
-            widths = FEW_RANKS if rows == ROWS[-1] and hidden == LORA_HIDDEN[0] else ()
+            widths = FEW_RANKS if rows == ROWS[-1] and hidden == 768 else ()
         elif op.startswith("lora"):
-            widths = FEW_RANKS if dtype == "float32" or hidden != LORA_HIDDEN[0] else RANKS
-            widths = widths if rows == ROWS[-1] else (RANK_OF_FEW_ROWS,)
+            widths = RANKS if rows == ROWS[-1] else (RANK_OF_FEW_ROWS,)
         for b in widths:
             yield Case(op, arch, dtype, hidden, b, rows)
 
@@ -364,9 +424,24 @@ def read(path: Path = TABLE) -> tuple[str, list[Usage]]:
 
 
 def write(rows: list[Usage], path: Path = TABLE) -> None:
+    """In the order of :func:`cases`, whatever the order in which the rows were made."""
+    order = {case: number for number, case in enumerate(cases())}
+    names = [field.name for field in fields(Case)]
+    rows = sorted(rows, key=lambda row: order[Case(*(getattr(row, name) for name in names))])
     columns = ", ".join(f'"{name}"' for name in asdict(rows[0]))
     lines = ",\n".join("  " + json.dumps(list(asdict(row).values())) for row in rows)
     path.write_text(f'{{"triton": "{triton.__version__}",\n "columns": [{columns}],\n "rows": [\n{lines}\n]}}\n')
+
+
+def missing(wanted: list[Case], known: list[Usage]) -> list[Case]:
+    """Cases of which the table lacks a kernel."""
+    there = {row.key for row in known}
+
+    def keys(case: Case) -> Iterator[tuple[Any, ...]]:
+        for one in recorded(case):
+            yield case.op, kernel_name(one), case.arch, case.dtype, case.hidden, case.bottleneck, case.rows
+
+    return [case for case in wanted if not there.issuperset(keys(case))]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -375,8 +450,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=sorted(ARCHITECTURES))
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--hidden", type=int, choices=HIDDEN)
-    parser.add_argument("--bottleneck", type=int, choices=BOTTLENECKS)
+    parser.add_argument("--bottleneck", type=int, choices=sorted({*BOTTLENECKS, *RANKS}), help="or a LoRA's rank")
     parser.add_argument("--update", action="store_true", help="put the chosen rows into the table")
+    parser.add_argument("--missing", action="store_true", help="of the chosen what the table lacks, and put it there")
+    parser.add_argument("--table", type=Path, default=TABLE, help="another file than the one of the newest Triton")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args(arguments)
     wanted = [
@@ -384,21 +461,29 @@ def main(arguments: list[str] | None = None) -> int:
         for c in cases()
         if c.op.startswith(chosen.only)
         and all(
-            v is None or v == getattr(c, n) for n, v in vars(chosen).items() if n not in ("only", "update", "processes")
+            v is None or v == getattr(c, n)
+            for n, v in vars(chosen).items()
+            if n in ("arch", "dtype", "hidden", "bottleneck")
         )
     ]
-    rows = table(wanted, chosen.processes)
-    if len(wanted) == len(list(cases())):
-        write(rows)
-        print(f"wrote {TABLE}")
-    elif chosen.update:
-        version, known = read()
+    if chosen.update or chosen.missing:
+        version, known = read(chosen.table) if chosen.table.exists() else (triton.__version__, [])
         if version != triton.__version__:
             parser.error(f"the table is of Triton {version}, not {triton.__version__}: write it whole")
-        fresh = {row.key: row for row in rows}
-        write([fresh.pop(row.key, row) for row in known] + list(fresh.values()))
-        print(f"updated {len(rows)} rows of {TABLE}")
+        if chosen.missing:
+            wanted = missing(wanted, known)
+        rows = []
+        for start in range(0, len(wanted), AT_ONCE):  # written in between: a whole table takes an hour
+            rows += table(wanted[start : start + AT_ONCE], chosen.processes)
+            fresh = {row.key: row for row in rows}
+            write([row for row in known if row.key not in fresh] + rows, chosen.table)
+        print(f"updated {len(rows)} rows of {chosen.table}")
+    elif len(wanted) == len(list(cases())):
+        rows = table(wanted, chosen.processes)
+        write(rows, chosen.table)
+        print(f"wrote {chosen.table}")
     else:
+        rows = table(wanted, chosen.processes)
         print(*(field.name for field in fields(Usage)))
         for row in rows:
             print(*(str(v).replace(" ", "_") for v in asdict(row).values()))

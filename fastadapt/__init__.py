@@ -15,6 +15,7 @@ from fastadapt.adapt import (
     save,
     unload,
 )
+from fastadapt.capturing import capture
 from fastadapt.config import (
     AdapterDrop,
     BitFitConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "adaptations",
     "auxiliary_loss",
     "backend",
+    "capture",
     "eject",
     "explain",
     "keep_neurons",

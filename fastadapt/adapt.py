@@ -19,7 +19,7 @@ from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules import folded
 from fastadapt.modules.active import Active, Part
-from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, container_of, own_labels
+from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, base_modules, container_of, own_labels
 from fastadapt.modules.step import set_hooks
 
 if TYPE_CHECKING:  # these import transformers, which importing fastadapt does not
@@ -38,7 +38,7 @@ def accelerate(model: Model) -> Model:
     Args:
         model: a Hugging Face model of a wired architecture, bare or with any head, also inside a ``PeftModel``. One
             from AdapterHub's ``adapters.init`` goes on being driven by that library: one active bottleneck adapter,
-            prefix or Fuse runs fused, anything else as it was, and ``explain`` says why.
+            LoRA or prefix, a Fuse or a BatchSplit runs fused, anything else as it was, and ``explain`` says why.
 
     Raises:
         TypeError, ValueError: for what is no such model, listing the wired architectures.
@@ -48,7 +48,7 @@ def accelerate(model: Model) -> Model:
     wiring = wiring_of(model)
     base = wiring.base_of(model)
     live_adapterhub.prepare(wiring, base)
-    wiring.fuse(base)
+    wiring.fuse(model, base)
     if peft_layers := _peft_layers():
         peft_layers.fuse(base)
     return model
@@ -160,7 +160,7 @@ def install(
     for key, parameter in base_parameters(model):
         container.base_requires_grad.setdefault(key, parameter.requires_grad)
         parameter.requires_grad_(False)
-    wiring.fuse(base)
+    wiring.fuse(model, base)
     wiring.open_slots(model)
     container.add(name, adaptation)
     engage_names(model, wiring, (name,), ())
@@ -181,13 +181,7 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
     container = container_of(model)
     names = names_of(model, name)
     check_unrouted(model)
-    count = len(wiring.layers_of(wiring.base_of(model)))
-    try:
-        skipped = tuple(sorted(set(skip_layers)))
-    except TypeError:
-        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
-        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    skipped = layers_to_skip(model, wiring, skip_layers)
     if container is not None:
         if container.merged is not None and (names, skipped) == (
             (container.active, *container.summed),
@@ -197,6 +191,18 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
         check_unmerged(model)
         engage_names(model, wiring, names, skipped)
     return model
+
+
+def layers_to_skip(model: nn.Module, wiring: Wiring, skip_layers: Iterable[int]) -> tuple[int, ...]:
+    """``skip_layers``, checked and in order."""
+    count = len(wiring.layers_of(wiring.base_of(model)))
+    try:
+        skipped = tuple(sorted(set(skip_layers)))
+    except TypeError:
+        raise TypeError(f"skip_layers: got {skip_layers!r}; accepted are layer numbers") from None
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < count for i in skipped):
+        raise ValueError(f"skip_layers: got {skip_layers!r}; accepted are layers 0 to {count - 1}")
+    return skipped
 
 
 def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
@@ -239,12 +245,12 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
     remember_problem_type(model, container)
     chosen = [container[name] for name in names]
     adaptation = chosen[0] if chosen else None
-    prefixes = tuple(f"{wiring.layers}.{i}." for i in skipped)
+    prefixes = wiring.prefixes_of(skipped)
     actives: dict[str, Active] = {}
     running: list[Part] = []
     for each in chosen:
         for path, part in each.parts().items():
-            if not path.startswith(prefixes or ("\0",)):
+            if not path.startswith(prefixes):
                 sublayer, child = wiring.owner(path)
                 part.join(actives.setdefault(sublayer, Active()), child)
                 running.append(part)
@@ -272,7 +278,7 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
         if each.trainable:
             each.requires_grad_(True)
             for path, part in each.parts().items():
-                runs = not path.startswith(prefixes or ("\0",))
+                runs = not path.startswith(prefixes)
                 if not runs:
                     part.requires_grad_(False)
                 for site in borrowed_sites(part):
@@ -476,7 +482,13 @@ def refresh(model: Model) -> Model:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(key, p) for key, p in model.named_parameters() if not key.startswith(f"{CONTAINER}.")]
+    """(key, parameter) of all that is no adaptation's, each parameter once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return list(found.values())
 
 
 def check_owner(model: nn.Module, wiring: Wiring) -> None:

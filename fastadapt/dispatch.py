@@ -1,8 +1,9 @@
 """Which backend serves an op: one table, one picker.
 
 A backend is a module of :mod:`fastadapt.backends` with ``refusal(op, device_type, dtype, facts) -> str | None``
-(None: it can) and one function an op, of the signature in :mod:`fastadapt.ops.schemas`. The reference is the op's
-own file. Ops ask :func:`pick`; nothing else chooses.
+(None: it can) and one function an op, of the signature in :mod:`fastadapt.ops.schemas`. It may have
+``reluctance(op, device_type, facts) -> str | None``, why it should serve only where it is forced. The reference is the
+op's own file. Ops ask :func:`pick`; nothing else chooses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 # Fastest first; what runs on a device type without being forced.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
 }
 
 _MODULES = {
@@ -61,6 +62,14 @@ def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: A
     return module.refusal(op, device_type, dtype, facts)
 
 
+def _unpicked(name: str, op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
+    """Why ``name`` doesn't serve this call where nobody forces it."""
+    reason = refusal(name, op, device_type, dtype, **facts)
+    if reason is None and hasattr(_loaded[name], "reluctance"):
+        reason = _loaded[name].reluctance(op, device_type, facts)
+    return reason
+
+
 def serving(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str:
     """The name of the backend that serves ``op``; raises ``RuntimeError`` where a forced one can't."""
     if _forced is not None:
@@ -69,7 +78,7 @@ def serving(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run {op}: {reason}")
         return _forced
     for name in PREFERENCE.get(device_type, ("reference",)):
-        if refusal(name, op, device_type, dtype, **facts) is None:
+        if _unpicked(name, op, device_type, dtype, facts) is None:
             return name
     raise RuntimeError(f"no backend runs {op} on {device_type} in {dtype}")
 
@@ -91,7 +100,7 @@ def choice(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> tuple
         return (_forced, {}) if reason is None else ("none", {_forced: reason})
     refused: dict[str, str] = {}
     for name in PREFERENCE.get(device_type, ("reference",)):
-        reason = refusal(name, op, device_type, dtype, **facts)
+        reason = _unpicked(name, op, device_type, dtype, facts)
         if reason is None:
             return name, refused
         refused[name] = reason

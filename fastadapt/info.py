@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from fastadapt import dispatch
+from fastadapt import dispatch, proven
 from fastadapt.bench import report
 
 # Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do.
@@ -17,7 +17,7 @@ PROVEN = {
     "reference": "CPU, in every test; it is what the others are compared with",
     "cpu": "x86-64 with AVX-512 and AVX512-BF16; AVX2 and portable code forced there; AMX in an emulator",
     "triton": "the interpreter on a CPU, and compiled offline for sm_80 and sm_90",
-    "cuda": "no CUDA C++ kernel exists yet",
+    "cuda": "an emulator on a CPU that runs the same code, and compiled offline for sm_80 and sm_90",
 }
 
 
@@ -40,6 +40,15 @@ def backend_states() -> dict[str, str]:
     return states
 
 
+def tuned_launches() -> str:
+    """For which GPUs `fastadapt tune` has left a table of launches."""
+    if isinstance(dispatch.load("triton"), str):
+        return "none, without the Triton backend"
+    from fastadapt.backends.triton import launch, tuned
+
+    return f"{', '.join(sorted(launch.TUNED)) or 'none'} ({tuned.path()})"
+
+
 def text() -> str:
     """The whole of it, as aligned lines."""
     lines: list[tuple[str, str]] = []
@@ -54,9 +63,12 @@ def text() -> str:
     else:
         lines.append(("GPU", "none that this torch can use"))
     forced = dispatch.forced()
+    lines.append(("tuned launches", tuned_launches()))
     lines.append(("forced backend", forced or "none (FASTADAPT_BACKEND or fa.backend forces one)"))
     for name, state in backend_states().items():
         lines.append((f"backend {name}", state))
         lines.append(("", f"proven on: {PROVEN[name]}"))
+        if name in proven.table():
+            lines.append(("", f"proven on a GPU: {proven.devices(name) or 'none, its tests never ran on one'}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)

@@ -120,11 +120,11 @@ def merge_for_good(model: nn.Module, wiring: Wiring) -> None:
                     "accepted is False"
                 )
             writes.append((target, parameter))
-    base = wiring.base_of(model)
+    base, skipped = wiring.base_of(model), wiring.prefixes_of(container.skipped)
     for name in active:
         for path, part in container[name].parts().items():
             bias = getattr(part, "bias", None)
-            if bias is not None and not _skipped(wiring, container, path):
+            if bias is not None and not path.startswith(skipped):
                 writes.append((base.get_submodule(path).bias, bias))
     if container.merged is None:
         exact = any(container[n].config.dora for n in active)
@@ -157,14 +157,10 @@ def _chosen(model: nn.Module, container: Adaptations, name: object) -> tuple[tup
     return active, container.skipped
 
 
-def _skipped(wiring: Wiring, container: Adaptations, path: str) -> bool:
-    return path.startswith(tuple(f"{wiring.layers}.{i}." for i in container.skipped) or ("\0",))
-
-
 def _layers(
     model: nn.Module, wiring: Wiring, container: Adaptations, names: tuple[str, ...], skipped: tuple[int, ...]
 ) -> Layers:
-    prefixes = tuple(f"{wiring.layers}.{i}." for i in skipped) or ("\0",)
+    prefixes = wiring.prefixes_of(skipped)
     base, layers = wiring.base_of(model), {}
     for name in names:
         config = container[name].config

@@ -14,6 +14,7 @@ from fastadapt.models import wiring_of
 from fastadapt.modules.bottleneck import Site
 from fastadapt.modules.state import Adaptation, container_of
 from fastadapt.modules.sublayers import FusedSublayer
+from fastadapt.modules.unpad import FusedEncoder
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Served:
         path: of the sublayer in the base model.
         op: a name of ``fastadapt.ops``, or "original" where the sublayer's own forward runs.
         backend: which serves it; "torch" for the original.
-        refused: faster backend -> why it was refused; or {"fused": why the original forward runs}.
+        refused: faster backend -> why it was refused; or {"fused": why the original forward runs}; or, of the encoder,
+            {"without padding": why the layers see padding}. It then says nothing of what a batch decides: without a
+            mask [B, S], with few tokens or little padding, padding stays.
     """
 
     path: str
@@ -70,6 +73,10 @@ def explain(model: nn.Module, length: int = 128) -> Explanation:
         if not isinstance(module, FusedSublayer):
             reason = "not accelerated" if type(module) in wiring.fused else f"{type(module).__name__} is not wired"
             rows.append(Served(path, "original", "torch", {"fused": reason}))
+            continue
+        if isinstance(module, FusedEncoder):
+            stays = module.padding_stays()
+            rows.append(Served(path, "layers", "torch", {} if stays is None else {"without padding": stays}))
             continue
         refusal = module.refusal()
         if refusal is not None:
@@ -134,9 +141,10 @@ class ParameterReport:
             f"trained {self.trained:,} of {self.total:,} parameters ({self.trained_share:.2%}), base {self.base:,}",
         ]
         if self.tasks:
-            table = [("task", "adapter", "LayerNorm", "head", "share of the base")]
+            table = [("task", "adapter", "LayerNorm", "head", "in training only", "share of the base")]
             for name, t in self.tasks.items():
-                table.append((name, f"{t.adapter:,}", f"{t.layer_norm:,}", f"{t.head:,}", f"{t.share:.2%}"))
+                counts = (t.adapter, t.layer_norm, t.head, t.training_only)
+                table.append((name, *(f"{count:,}" for count in counts), f"{t.share:.2%}"))
             lines.append(_aligned(table))
         return "\n".join(lines)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastadapt.adapt import check_known_name, check_owner, check_unmerged, engage_names, remember_problem_type
+from fastadapt.adapt import (
+    check_known_name,
+    check_owner,
+    check_unmerged,
+    engage_names,
+    layers_to_skip,
+    remember_problem_type,
+)
 from fastadapt.config import FusionConfig, LoRAConfig, MAMConfig, MaskedAdapterConfig, PrefixConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules.active import Active
 from fastadapt.modules.linear import engage
-from fastadapt.modules.routed import BeginRouted, CountChoices, Routed, RoutedHead, Table
+from fastadapt.modules.routed import BeginRouted, CountChoices, Fork, Routed, RoutedHead, Table
 from fastadapt.modules.state import Adaptation, Adaptations, container_of
 from fastadapt.modules.step import Step, set_hooks
 
@@ -24,21 +31,36 @@ if TYPE_CHECKING:
 class Routing:
     """What :func:`route` put in place; :meth:`assign` gives the rows other names of the same set."""
 
-    def __init__(self, model: nn.Module, wiring: Wiring, container: Adaptations, names: Sequence[str | None]) -> None:
-        self._model, self._wiring, self._container = model, wiring, container
+    def __init__(
+        self,
+        model: nn.Module,
+        wiring: Wiring,
+        container: Adaptations,
+        by_text: Sequence[tuple[str | None, ...]],
+        skipped: tuple[int, ...],
+    ) -> None:
+        self._model, self._wiring, self._container, self._skipped = model, wiring, container, skipped
+        self._counts = [len(names) for names in by_text]
+        names = [name for of_text in by_text for name in of_text]
         self.names = tuple(dict.fromkeys(names))  # by slot
         steps: dict[int, Step] = {}
         for adaptation in self._adaptations():
             steps |= {id(part.step): part.step for part in adaptation.parts().values() if part.step is not None}
         device = next(wiring.base_of(model).parameters()).device
-        self.table = Table([self.names.index(name) for name in names], device, list(steps.values()))
+        texts = [i for i, count in enumerate(self._counts) for _ in range(count)]
+        self.table = Table(
+            [self.names.index(name) for name in names],
+            device,
+            list(steps.values()),
+            texts if len(texts) > len(by_text) else None,
+        )
         masked = [n for n in self.names if n is not None and isinstance(container[n].config, MaskedAdapterConfig)]
         if masked:
             self.table.inference_only = f"{masked[0]!r} is of a MaskedAdapterConfig, which is routed at inference alone"
         types = {t for name in self.names if (t := _problem_type(container, name)) is not None}
         self._problem_type = next(iter(types), None)
 
-    def assign(self, names: Sequence[str | None]) -> None:
+    def assign(self, names: Sequence[str | Sequence[str | None] | None]) -> None:
         """Give the rows other names, as many as before and of the same set, in place.
 
         A captured graph or compiled code follows without being made anew where no adapter takes the rows apart
@@ -47,9 +69,12 @@ class Routing:
         Raises:
             ValueError: for another number of names, or one that is not in :attr:`names`; nothing is changed.
         """
-        names = list(names)
-        if len(names) != len(self.table.slots):
-            raise ValueError(f"names: got {len(names)}; accepted are {len(self.table.slots)}, as many as before")
+        by_text = _by_text(names)
+        counts = [len(of_text) for of_text in by_text]
+        if counts != self._counts:
+            given, before = (len(c) if set(c) == {1} else c for c in (counts, self._counts))
+            raise ValueError(f"names: got {given}; accepted are {before}, as many as before")
+        names = [name for of_text in by_text for name in of_text]
         unknown = [name for name in names if name not in self.names]
         if unknown:
             raise ValueError(f"names: got {unknown[0]!r}; accepted here are {', '.join(map(repr, self.names))}")
@@ -63,10 +88,12 @@ class Routing:
         from fastadapt.models.head import parts_of
 
         model, wiring, table = self._model, self._wiring, self.table
-        base = wiring.base_of(model)
+        base, skipped = wiring.base_of(model), wiring.prefixes_of(self._skipped)
         by_path: dict[str, dict[int, Active]] = {}
         for slot, name in enumerate(self.names):
-            for path, part in {} if name is None else self._container[name].parts().items():
+            for path, part in () if name is None else self._container[name].parts().items():
+                if path.startswith(skipped):
+                    continue
                 sublayer, child = wiring.owner(path)
                 actives = by_path.setdefault(sublayer, {})
                 if slot not in actives:
@@ -99,11 +126,21 @@ class Routing:
         self._hooks = [base.register_forward_pre_hook(BeginRouted(table), with_kwargs=True)]
         if model is not base:
             self._hooks.append(model.register_forward_pre_hook(CountChoices(table), with_kwargs=True))
+        if table.texts is not None:
+            fork = Fork(table)
+            for module in self._forks(base, by_path):
+                self._hooks.append(module.register_forward_pre_hook(fork, with_kwargs=True))
         if "num_labels" in model.__dict__:
             own = _labels(self._container, self.names[0])
             model.num_labels = self._container.base_num_labels if own is None else own
         if hasattr(model.config, "problem_type"):
             model.config.problem_type = self._problem_type
+
+    def _forks(self, base: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+        """What is given a row a task instead of a row a text: the layers from the lowest one with something adapted."""
+        wiring, layers = self._wiring, self._wiring.layers_of(base)
+        inside = [wiring.layer_of(path) for path in paths if path != wiring.pooler]
+        return [base] if None in inside else layers[min(inside, default=len(layers) - 1) :]
 
     def _disengage(self) -> None:
         for hook in self._hooks:
@@ -123,7 +160,9 @@ class Routing:
 
 
 @contextmanager
-def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[Routing]:
+def route(
+    model: nn.Module, names: Sequence[str | Sequence[str | None] | None], skip_layers: Iterable[int] = ()
+) -> Iterator[Routing]:
     """Run row i of each batch with adaptation ``names[i]``, in inference and training, while the context lasts.
 
     Every row has the bottlenecks, LoRAs, biases, LayerNorms and head of its own adaptation; None is the bare base with
@@ -131,6 +170,11 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[Routing]:
     slots of the rows are read from a table that is made once, here, on the model's device. Adapters of more than one
     form in a batch (one that reads the sublayer's output with one of a ``PfeifferConfig``), and those with gates or new
     LayerNorms, take their rows apart instead.
+
+    Where ``names[i]`` is a tuple, text i has each of these tasks: the outputs (and the labels, where some are given)
+    are a row a task, text by text, and the layers below the lowest one that any of the tasks adapts run once for all of
+    them (Rücklé et al. 2021, arXiv:2010.11918, section 4). ``AdapterDrop``, ``leave_out`` and ``skip_layers`` make that
+    trunk; LayerNorms and biases of the embeddings leave none. Hidden states of the trunk have a row a text.
 
     In training, each named adaptation that was added for training gets the gradients of its rows. ``backward`` belongs
     inside the context: leaving it gives every parameter its ``requires_grad`` back, and a checkpointed layer is
@@ -143,7 +187,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[Routing]:
     ``merge``, ``unload``, ...), copies and pickles are refused inside.
 
     Args:
-        names: one a row of the batch, of adaptations of this model, or None.
+        names: one a row of the batch, of adaptations of this model, or None; or a tuple of such names.
+        skip_layers: as in :func:`fastadapt.activate`, for all rows.
 
     Raises:
         TypeError, ValueError: for unknown names, methods that are not routed (prefixes, fusions, DoRA, and masked
@@ -151,10 +196,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[Routing]:
             of another length raises too.
     """
     wiring, container = wiring_of(model), container_of(model)
-    names = _checked(model, wiring, container, names)
-    routing = Routing(model, wiring, container, names)
+    by_text = _checked(model, wiring, container, names)
+    routing = Routing(model, wiring, container, by_text, layers_to_skip(model, wiring, skip_layers))
     before: Routing | None = container.route
-    routed = dict.fromkeys(n for n in (*names, *(before.names if before else ())) if n is not None)
+    routed = dict.fromkeys(n for n in (*routing.names, *(before.names if before else ())) if n is not None)
     active = [n for n in (container.active, *container.summed) if n is not None]
     involved = [p for name in routed for p in container[name].own_parameters()]
     involved += [p for name in active if name not in routed for p in _parameters(container[name])]
@@ -202,17 +247,13 @@ def _labels(container: Adaptations, name: str | None) -> int | None:
     return container.base_num_labels if name is None else container[name].num_labels
 
 
-def _checked(model: nn.Module, wiring: Wiring, container: Adaptations | None, names: Any) -> list[str | None]:
-    """``names`` as a list; raises for what cannot be routed."""
-    if isinstance(names, (str, set, frozenset)) or names is None:
-        raise TypeError(f"names: got {names!r}; accepted is a list with a name, or None, for each row of the batch")
-    try:
-        listed = list(names)
-    except TypeError:
-        raise TypeError(f"names: got {names!r}; accepted is a list with a name, or None, for each row") from None
-    if not listed:
-        raise ValueError("names: got none; accepted is one, or None, for each row of the batch")
-    for name in dict.fromkeys(_hashable(name) for name in listed):
+def _checked(
+    model: nn.Module, wiring: Wiring, container: Adaptations | None, names: Any
+) -> list[tuple[str | None, ...]]:
+    """The names of every text; raises for what cannot be routed."""
+    by_text = _by_text(names)
+    distinct = list(dict.fromkeys(name for of_text in by_text for name in of_text))
+    for name in distinct:
         if name is not None:
             check_known_name(model, name)
     if container is None:
@@ -223,20 +264,32 @@ def _checked(model: nn.Module, wiring: Wiring, container: Adaptations | None, na
         remember_problem_type(model, container)
     else:
         container.route._remember()
-    for name in dict.fromkeys(listed):
+    for name in distinct:
         reason = None if name is None else refusal(container[name].config, model.training)
         if reason is not None:
             raise ValueError(
                 f"names: {name!r} {reason}; accepted are bottleneck adapters, LoRAs, BitFit, own LayerNorms and heads"
             )
-    _check_heads(model, wiring, container, list(dict.fromkeys(listed)))
-    return listed
+    _check_heads(model, wiring, container, distinct)
+    return by_text
 
 
-def _hashable(name: Any) -> Any:
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"names: got {name!r}; accepted are strings and None")
-    return name
+def _by_text(names: Any) -> list[tuple[str | None, ...]]:
+    """The names of every text, where one alone stands for itself."""
+    accepted = "accepted is a list with a name, None, or a tuple of them for each row of the batch"
+    if isinstance(names, (str, set, frozenset)) or names is None:
+        raise TypeError(f"names: got {names!r}; {accepted}")
+    try:
+        by_text = [tuple(of_text) if isinstance(of_text, (tuple, list)) else (of_text,) for of_text in names]
+    except TypeError:
+        raise TypeError(f"names: got {names!r}; {accepted}") from None
+    if not by_text or not all(by_text):
+        raise ValueError(f"names: got {names!r}; {accepted}, and at least one")
+    for of_text in by_text:
+        for name in of_text:
+            if name is not None and not isinstance(name, str):
+                raise TypeError(f"names: got {name!r}; {accepted}")
+    return by_text
 
 
 def refusal(config: Any, training: bool) -> str | None:

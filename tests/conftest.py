@@ -1,4 +1,5 @@
-"""What every test shares. Without a GPU, Triton kernels run in its interpreter, which must be chosen before import."""
+"""What every test shares. Without a GPU, Triton kernels run in its interpreter and CUDA kernels emulated, both of which
+must be chosen before import."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FASTADAPT_CUDA", "emulated")
 
 
 @pytest.fixture

@@ -49,9 +49,14 @@ def runners() -> list[Runner]:
         found += [Runner("cpu", capability=name) for name in cpu.capabilities()]
     if not isinstance(dispatch.load("triton"), str):
         found.append(Runner("triton", "cuda" if gpu else "cpu"))
-    if gpu and not isinstance(dispatch.load("cuda"), str):
-        found.append(Runner("cuda", "cuda"))
     return found
+
+
+def cuda_runners() -> list[Runner]:
+    """The CUDA C++ kernels, which have no backward: on the GPU where there is one, else emulated on the CPU."""
+    if isinstance(dispatch.load("cuda"), str):
+        return []
+    return [Runner("cuda", "cuda" if torch.cuda.is_available() else "cpu")]
 
 
 # -- cases -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadapt.bench import measure, merge, op, report, text, train, verify
+from fastadapt.bench import measure, merge, mixed, op, report, text, train, verify
 from fastadapt.bench.case import RANDOM_MODELS, Case, UserError, token_ids
 from fastadapt.bench.methods import METHODS
 from fastadapt.bench.methods import method as find_method
@@ -150,6 +150,25 @@ def test_the_reference_of_a_lora_is_the_equation():
     assert places == {"encoder.layer.0.attention.self.key", "encoder.layer.0.output.dense"}
 
 
+def test_the_reference_of_a_masked_adapter_is_the_equation():
+    setup = Setup(Case(batch=1, seq=4, layers=1, method="masked", bottleneck=16), classifier=True)
+    model, tensors = setup.plain_with_tensors(torch.float64)
+    up = encoder_layers(model)[0].output.up
+    z = torch.randn(1, 4, 16, dtype=torch.float64)
+    torch.manual_seed(5)
+    o = up.train()(z)
+    torch.manual_seed(5)
+    kept = torch.rand_like(z) >= 0.15
+    expected = (z * kept) @ up.weight.T + up.bias
+    torch.testing.assert_close(o, expected)
+    logits = expected @ tensors["encoder.layer.0.output.mask_head.weight"].T + up.mask_head.bias
+    predicted = torch.sigmoid(logits)
+    entropy = -torch.where(kept, (1 - predicted).log(), predicted.log()).mean()
+    torch.testing.assert_close(up.loss, entropy.float())
+    assert not kept.all()
+    torch.testing.assert_close(up.eval()(z), z @ up.weight.T + up.bias)
+
+
 def peers_of(method):
     """Who computes it here: ours and, where they are installed, the peers' own."""
     names = [name for name in ("adapterhub", "peft", "plain") if name in find_method(method).inference_peers]
@@ -169,13 +188,14 @@ def test_peers_compute_what_the_reference_computes(method, peer):
         prepared = system.setup("inference", setup)
         distance = verify.hidden_state_distance(prepared.hidden(prepared.call()), exact)
         assert verify.judge(distance, yardstick, system.factor).correct, system.name
-    # The adapters matter: the model without them is far outside every tolerance.
-    assert not verify.judge(verify.hidden_state_distance(stock, exact), yardstick, 8 * verify.PEER_FACTOR).correct
+    # The adapters matter: the model without them is far outside every tolerance. A head changes no hidden state.
+    without = verify.judge(verify.hidden_state_distance(stock, exact), yardstick, 8 * verify.PEER_FACTOR)
+    assert without.correct == (method == "head")
     verdict = train.judge_gradients(case, [PEERS[peer]])[peer]
     assert verdict.correct, verdict
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "head"])
 def test_leaving_a_method_out_shows_in_bf16_too(method):
     setup = Setup(Case(batch=2, seq=8, layers=2, drop=1, adapters=2, method=method))
     with torch.no_grad():
@@ -496,6 +516,36 @@ def test_must_reads_the_figures_of_loras():
     assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, fp32"] == "goal"
     assert verdicts["bits changed by 1,000 cycles of merge, swap, unmerge, bf16"] == "missing"
     assert all(figure.failed for figure in must.loras([], [], []))
+
+
+def test_must_reads_the_figures_of_several_tasks():
+    must = bench_module("must")
+    mixed = [
+        {"system": system, "method": "houlsby", "dtype": "fp32", "batch": 32, "mixed_with": 8, "samples_ms": samples}
+        for system, samples in (("fastadapt", [10.0, 10.0]), ("fastadapt-mixed", [10.4, 10.4]))
+    ]
+    cell = {"method": "adapterdrop", "dtype": "bf16", "batch": 8, "mixed_with": 8, "layers": 12, "drop": 5}
+    shared = [
+        {"system": system, **cell, "samples_ms": samples}
+        for system, samples in (("fastadapt-alone", [100.0]), ("fastadapt-shared", [64.0]))
+    ]
+    verdicts = {figure.text: figure.verdict for figure in must.tasks(mixed, [], shared)}
+    assert verdicts["houlsby, 8 tasks in a batch of 32 ÷ one, fp32"] == "pass"
+    assert verdicts["8 tasks on the same 8 texts, 5 of 12 layers shared ÷ each alone, bf16"] == "goal"
+    assert sum(verdict == "missing" for verdict in verdicts.values()) == len(verdicts) - 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_tasks_are_right_and_compared_in_one_run(shared):
+    case = dataclasses.replace(CASE, method="adapterdrop", layers=2, drop=1)
+    records = mixed.run_case(case, 2, shared=shared, budget=0.0, progress=report.Progress())
+    names = ["fastadapt-alone", "fastadapt-shared"] if shared else ["fastadapt", "fastadapt-mixed"]
+    assert [r["system"] for r in records] == names
+    assert all(r["correct"] and r["samples_ms"] and r["mixed_with"] == 2 for r in records)
+    assert records[0]["ratio_to_bare"] == 1.0
+    assert [r["tasks"] for r in records] == ([2, 2] if shared else [1, 2])
+    table = mixed.rows(records)
+    assert ("÷ alone" if shared else "÷ one task") in table and all(r["label"] in table for r in records)
 
 
 def test_a_wrong_row_reaches_no_figure():

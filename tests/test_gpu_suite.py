@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 import fastadapt as fa
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import measure, merging, models, ops
+from benchmarks.gpu_suite import measure, merging, models, must, ops, peers, sanitize
+from fastadapt import dispatch
 
 
 def test_a_dry_run_lists_every_test_file_and_case(capsys):
@@ -90,3 +92,152 @@ def test_percentiles_ratios_and_floors():
     assert measure.paired_ratio(mine, other) == 0.5
     ceilings = measure.Ceilings(copy=1e12, product={"bfloat16": 1e15})
     assert ceilings.floor_us(flops=1e9, bytes_=4e6, dtype="bfloat16") == pytest.approx(4.0)
+
+
+# -- determinism, peers and sanitizers ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the suite itself checks on a GPU")
+def test_a_repeat_that_differs_in_one_bit_is_found(monkeypatch):
+    case = ops.OpCase("add_norm", 8, 64, 0, "bfloat16", training=True, compiled=False)
+    assert ops.repeats(case, "cpu") is None
+    right, calls = ops.ours, []
+
+    def drifting(*arguments):
+        calls.append(1)
+        return right(*arguments) * (1.0 if len(calls) == 1 else 1.01)
+
+    monkeypatch.setattr(ops, "ours", drifting)
+    assert ops.repeats(case, "cpu") == "result 0 differs between two runs"
+
+
+def test_a_backward_alone_gives_the_training_steps_gradients():
+    case = ops.OpCase("bottleneck", 8, 64, 16, "float32", training=True, compiled=False)
+    alone = dataclasses.replace(case, backward_only=True)
+    t = ops.tensors(case, "cpu")
+    both = ops.step(case, lambda: ops.eager(case, t, 0.0), t)()
+    backward = ops.step(alone, lambda: ops.eager(case, t, 0.0), t)
+    for want, first, again in zip(both, backward(), backward(), strict=True):
+        torch.testing.assert_close(first, want)
+        torch.testing.assert_close(again, want)
+    assert alone.name.startswith("bottleneck backward rows=8")
+    assert ops.work(alone) == (8.0 * 8 * 64 * 16, 5 * 8 * 64 * 4 + 8 * 16 * 4)
+
+
+@pytest.mark.parametrize("name, op", [("peft", "lora"), ("adapterhub", "bottleneck")])
+def test_a_peer_computes_the_op_and_its_gradients(name, op):
+    if name == "peft":
+        pytest.importorskip("peft")
+    case = ops.OpCase(op, 16, 64, 8, "float32", training=True, compiled=False)
+    t = ops.tensors(case, "cpu")
+    setup = peers.OF[op][name]
+    assert peers.wrong(case, t, setup) is None
+    theirs = ops.step(case, setup(case, t, 0.0), t)()
+    plain = ops.step(case, lambda: ops.eager(case, t, 0.0), t)()
+    for mine, want in zip(theirs, plain, strict=True):
+        torch.testing.assert_close(mine, want)
+    assert peers.wrong(case, t, lambda *a: lambda: setup(*a)() * 1.1).startswith("y: error")
+
+
+@pytest.mark.parametrize("name, op", [("liger", "add_norm"), ("unsloth", "lora"), ("lorafusion", "lora")])
+def test_a_library_that_is_not_here_is_told_as_absent(name, op, monkeypatch):
+    def nothing(module):
+        raise ImportError(f"No module named {module!r}")
+
+    monkeypatch.setattr(peers.importlib, "import_module", nothing)
+    case = ops.OpCase(op, 4, 64, 8, "float32", training=False, compiled=False)
+    with pytest.raises(peers.AbsentError, match="ImportError: No module named"):
+        peers.OF[op][name](case, ops.tensors(case, "cpu"), 0.0)
+
+
+@pytest.mark.skipif(isinstance(dispatch.load("cuda"), str), reason="the C++ kernels are not compiled")
+def test_what_the_sanitizers_run_reaches_every_kernel():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert sanitize.exercise(device) == 3 * (3 * 2 + 5)
+
+
+def test_a_sanitizer_that_is_not_here_is_no_failure_and_no_success(monkeypatch):
+    monkeypatch.setattr(sanitize.dispatch, "load", lambda name: object())
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    assert sanitize.run("memcheck") == {"ok": None, "reason": "compute-sanitizer is not on PATH"}
+
+
+def test_a_finding_of_a_sanitizer_fails(monkeypatch, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\necho \"$@\"; exit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitize.dispatch, "load", lambda name: object())
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: str(program))
+    told = sanitize.run("racecheck")
+    assert told["ok"] is False
+    assert "--tool racecheck --error-exitcode 9" in told["output"] and "benchmarks.gpu_suite.sanitize" in told["output"]
+
+
+def test_a_run_that_passed_is_written_down_as_proof(tmp_path, monkeypatch):
+    path = tmp_path / "proven.json"
+    path.write_text('{"cuda": {}, "triton": {}}')
+    about = {"capability": "9.0", "device": "X", "date": "2026-01-02T03:04:05+00:00", "commit": "c"}
+    result = {"tests": {"ok": True}, "sanitizer": {"memcheck": {"ok": None}}, "environment": about}
+    for bad in ({"tests": {"ok": False}}, {"sanitizer": {"memcheck": {"ok": False}}}):
+        assert suite.record_proof(result | bad, path) == []
+    assert "triton" in suite.record_proof(result, path)
+    entry = json.loads(path.read_text())["triton"]["sm_90"]
+    assert (entry["device"], entry["date"]) == ("X", "2026-01-02")
+    assert {"bottleneck_backward", "remerge_", "lora_forward"} <= set(entry["ops"]) and "refusal" not in entry["ops"]
+
+
+# -- what has to be reached --------------------------------------------------------------------------------------
+
+
+def _record(bench, system="ours", l2="warm", wrong=None, **fields):
+    return {"bench": bench, "system": system, "l2": l2, "wrong": wrong, **fields}
+
+
+def test_every_figure_names_a_case_of_the_suite():
+    names = {c.name for c in [*ops.cases(), *merging.cases(), *models.cases()]}
+    everything = [
+        _record(name, system, l2, share_of_floor=0.5, ratio_to_eager=0.5, ratio_to_compiled=0.5, ratio_to_frozen=0.5,
+                ratio_to_copy=2.0, ratio_to_adapterhub=0.5)
+        for name in names for system in ("ours", "captured") for l2 in ("warm", "cold")
+    ]  # fmt: skip
+    assert all(row["value"] is not None for row in must.table(everything))
+
+
+def test_without_records_all_but_the_spills_is_not_measured():
+    table = must.table([])
+    assert [row["figure"] for row in table if row["value"] is not None] == [must.FIGURES[-1].name]
+    assert table[-1]["value"] == 0.0 and table[-1]["reached"]
+    text = must.text([])
+    assert text.count("not measured") == len(table) - 1 and "MISSED" not in text
+
+
+def test_a_figure_is_reached_missed_or_of_a_wrong_row_unknown():
+    bench = "bottleneck inference rows=65536 H=768 b=64 bfloat16"
+
+    def first(**fields):
+        return must.table([_record(bench, l2="cold", **fields)])[0]
+
+    assert first(share_of_floor=0.76)["reached"] is True
+    assert first(share_of_floor=0.74)["reached"] is False
+    assert "MISSED" in must.text([_record(bench, l2="cold", share_of_floor=0.74)])
+    assert first(share_of_floor=0.9, wrong="y: error")["reached"] is None
+    training = [_record(f"bottleneck training rows={n} H=768 b=64 bfloat16", ratio_to_compiled=n / 1e5)
+                for n in ops.COMPILED_ROWS]  # fmt: skip
+    (row,) = [r for r in must.table(training) if "torch.compile" in r["figure"]]
+    assert row["value"] == pytest.approx(0.65536)
+    (row,) = [r for r in must.table(training[1:]) if "torch.compile" in r["figure"]]
+    assert row["value"] is None
+
+
+def test_the_table_of_a_written_result_is_printed_without_a_gpu(tmp_path, capsys):
+    written = tmp_path / "result.json"
+    written.write_text(json.dumps({"records": []}))
+    assert suite.main(["--must", str(written)]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_a_models_operations_are_those_of_its_products():
+    case = models.ModelCase("houlsby", 2, 128, training=False, compiled=False)
+    linears = sum(2 * n * k for n, k in [(768, 768)] * 4 + [(3072, 768), (768, 3072)] + [(64, 768), (768, 64)] * 2)
+    attention = 2 * 2 * 128 * 768
+    assert models.work(case)[0] == 12 * 256 * (linears + attention)

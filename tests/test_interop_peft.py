@@ -184,6 +184,20 @@ def test_bare_and_headed_models_read_each_other(tmp_path):
         fa.load(make(BertForMaskedLM), tmp_path / "headed")
 
 
+def test_a_bare_model_reads_a_second_one_beside_its_first(tmp_path):
+    first = make(BertModel)
+    fa.adapt(first, fa.LoRAConfig(r=2, dora=True, bias="lora_only"), "a")
+    shake(first.fastadapt["a"])
+    fa.save(first, tmp_path, name="a")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = ["query", "value"]  # by suffix, as PEFT's own default is
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = make(BertModel)
+    for name in ("b", "c"):
+        fa.load(model, tmp_path, name=name)
+        torch.testing.assert_close(output(model), output(first))
+
+
 def test_several_in_one_folder(tmp_path):
     for name in ("a", "b"):
         model = fa.adapt(make(), fa.LoRAConfig(), name=name)

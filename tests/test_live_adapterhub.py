@@ -22,9 +22,10 @@ CONFIGS = {
     "parallel": lambda: adapters.ParBnConfig(reduction_factor=4),
     "prefix": lambda: adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=6),
     "mam": lambda: adapters.MAMConfig(adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=6)),
+    "lora": lambda: adapters.LoRAConfig(r=4, alpha=8, intermediate_lora=True, output_lora=True),
 }
 REFUSED = {
-    "lora": lambda: adapters.LoRAConfig(r=4, alpha=8, intermediate_lora=True, output_lora=True),
+    "gated_lora": lambda: adapters.LoRAConfig(r=4, use_gating=True),
     "ia3": lambda: adapters.IA3Config(),
     "dora": lambda: adapters.LoRAConfig(use_dora=True),
     "compacter": lambda: adapters.CompacterConfig(phm_dim=2, reduction_factor=4),
@@ -37,7 +38,7 @@ def live(config, names=("a",), model_class=BertForSequenceClassification):
     adapters.init(model)
     for name in names:
         model.add_adapter(name, config=config())
-    if len(names) > 1:
+    if len(names) > 1 and isinstance(config(), adapters.SeqBnConfig):
         model.add_adapter_fusion(adapters.Fuse(*names))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_a_fuse():
 
 
 def test_merging_is_seen():
-    model = live(REFUSED["lora"])
+    model = live(CONFIGS["lora"])
     model.set_active_adapters("a")
     expected = output(model)
     fa.accelerate(model)
@@ -137,7 +138,7 @@ def test_a_lora_added_later_is_seen():
     model = live(CONFIGS["pfeiffer"])
     fa.accelerate(model)
     torch.manual_seed(2)
-    model.add_adapter("late", config=REFUSED["lora"]())
+    model.add_adapter("late", config=CONFIGS["lora"]())
     with torch.no_grad():
         for key, p in model.named_parameters():
             if ".loras." in key:
@@ -161,10 +162,62 @@ def test_what_cannot_be_accelerated_runs_on_as_it_was(method):
     assert reasons and all(reasons.values())
 
 
-@pytest.mark.parametrize("block", ["Stack", "Parallel", "Split", "BatchSplit", "Average"])
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [0, 2, 1], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "gate", "ln_before", "parallel", "lora"])
+def test_a_batch_split(method, sizes):
+    names = ("a", "b", "c")
+    model = live(CONFIGS[method], names)
+    model.train_adapter(names)
+    split = adapters.BatchSplit(*names, batch_sizes=sizes)
+    model.set_active_adapters(split)
+    expected, wanted = output(model.eval()), gradients(model.train())
+    fa.accelerate(model)
+    assert not kinds(model)
+    with torch.inference_mode():
+        model.eval()(**batch(model))  # what it keeps of the rows has to be good for training too
+    torch.testing.assert_close(output(model), expected, **CLOSE)
+    _, grads = gradients(model.train())
+    zero = torch.zeros(())
+    for name in grads.keys() | wanted[1].keys():  # a part of no rows has zeros or nothing
+        ours, theirs = (found.get(name, zero) for found in (grads, wanted[1]))
+        ours, theirs = torch.broadcast_tensors(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 + 2e-4 * float(theirs.abs().max()))
+    assert len(grads) > 3
+    model.eval().set_active_adapters("b")
+    single = output(model)
+    fa.restore(model)
+    torch.testing.assert_close(output(model), single, **CLOSE)
+
+
+def test_a_batch_split_of_unlike_adapters_or_another_batch():
+    model = live(CONFIGS["pfeiffer"], ("a", "b"))
+    model.add_adapter("late", config=adapters.SeqBnConfig(reduction_factor=4, residual_before_ln=False))
+    model.eval().set_active_adapters(adapters.BatchSplit("a", "late", batch_sizes=[1, 2]))
+    expected = output(model)
+    fa.accelerate(model)
+    torch.testing.assert_close(output(model), expected, **CLOSE)
+    assert all("differ" in why for why in kinds(model).values()) and kinds(model)
+    model.set_active_adapters(adapters.BatchSplit("a", "b", batch_sizes=[1, 1]))
+    with pytest.raises(IndexError, match="batch_sizes: of the active BatchSplit sum to 2; accepted is 3"):
+        output(model)
+
+
+def test_a_batch_split_of_prefixes_runs_on_as_it_was():
+    model = make()
+    adapters.init(model)
+    for name in ("a", "b"):
+        model.add_adapter(name, config=CONFIGS["prefix"]())
+    model.eval().set_active_adapters(adapters.BatchSplit("a", "b", batch_sizes=[1, 2]))
+    expected = output(model)
+    fa.accelerate(model)
+    torch.testing.assert_close(output(model), expected, **CLOSE)
+    assert all("one of several" in why for why in kinds(model).values()) and kinds(model)
+
+
+@pytest.mark.parametrize("block", ["Stack", "Parallel", "Split", "Average"])
 def test_compositions_run_on_as_they_were(block):
     model = live(CONFIGS["pfeiffer"], ("a", "b"))
-    options = {"Split": {"splits": [4, 6]}, "BatchSplit": {"batch_sizes": [1, 2]}}.get(block, {})
+    options = {"Split": {"splits": [4, 6]}}.get(block, {})
     model.set_active_adapters(getattr(adapters, block if hasattr(adapters, block) else "Stack")("a", "b", **options))
     if block == "Average":
         from adapters.composition import Average

@@ -20,7 +20,7 @@ from fastadapt.ops.merge import DTYPES, _fma
 from tests import ops_cases as cases
 
 ROOT = Path(__file__).parents[1]
-RUNNERS = cases.runners()
+RUNNERS = [*cases.runners(), *cases.cuda_runners()]
 every_runner = pytest.mark.parametrize("runner", RUNNERS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 SHAPES = ((1, 1), (5, 7), (33, 65), (7, 130))

@@ -110,16 +110,16 @@ def test_dropout_acts_on_the_scores(monkeypatch):
     import fastadapt.modules.fusion as fusion
 
     model = mixed(dropout=0.5).train()
-    masks, honest = [], fusion.ops.drop
+    masks, honest = [], fusion.ops.mix
 
-    def recorded(x, p, **kwargs):
-        y = honest(x, p, **kwargs)
-        if p == 0.5:
-            masks.append((y != 0).float() * 2)
-        return y
+    def recorded(sigma, t, count, *, dropout_p, **kwargs):
+        seed = len(masks)
+        ones = torch.ones(*sigma.shape[:-1], count)
+        masks.append((fa.ops.drop(ones, dropout_p, seed=seed) != 0).float() * 2)
+        return honest(sigma, t, count, dropout_p=dropout_p, seed=seed, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fusion.ops, "drop", recorded)
+        patch.setattr(fusion.ops, "mix", recorded)
         ours = model(**batch(model)).logits
     assert len(masks) == 3 and masks[0].shape == (3, 10, 3)
     plain = written_out(model, model.fastadapt["mix"].config, masks).train()
@@ -226,7 +226,7 @@ def test_bfloat16_and_the_reference():
 
 def test_explain_names_the_products():
     rows = [r.op for r in fa.explain(mixed()).rows if r.path == "encoder.layer.1.output"]
-    assert rows == ["linear", "add_norm", "linear", "linear", "linear", "add_norm"]
+    assert rows == ["linear", "add_norm", "linear", "linear", "mix", "linear", "add_norm"]
 
 
 @pytest.mark.parametrize(

@@ -570,11 +570,12 @@ def test_checkpointing_repeats_the_dropout(runner, reentrant):
 
 
 @every_runner
-@pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear", "attention"])
-def test_double_backward_raises_clearly(runner, op):
+@pytest.mark.parametrize("loss", ["sum", "square"])  # the gradient of a sum is a constant
+@pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear", "attention", "drop"])
+def test_double_backward_raises_clearly(runner, op, loss):
     facts = {"bottleneck": {"hidden": 100, "bottleneck": 12}, "add_norm": {"hidden": 100}, "linear": {"features": 100},
-             "attention": {"head_dim": 24, "length": 17}}[op]  # fmt: skip
-    _need(runner, f"{op}_backward", torch.float32, **facts)
+             "attention": {"head_dim": 24, "length": 17}, "drop": {}}[op]  # fmt: skip
+    _need(runner, op if op == "drop" else f"{op}_backward", torch.float32, **facts)
     t = _leaves(runner.device)
     with runner.running():
         y = {
@@ -582,10 +583,51 @@ def test_double_backward_raises_clearly(runner, op):
             "add_norm": lambda: fa.ops.add_norm(t["x"], t["s"], t["gamma"], t["beta"]),
             "linear": lambda: fa.ops.linear(t["x"], t["w_up"].detach().t(), t["b_down"], activation="gelu"),
             "attention": lambda: fa.ops.attention(t["x"][None, :, :72], 1),
+            "drop": lambda: fa.ops.drop(t["x"], 0.5),
         }[op]()
-        (grad,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|trying to differentiate twice"):
-            grad.sum().backward()
+        (grad,) = torch.autograd.grad((y.square() if loss == "square" else y).sum(), t["x"], create_graph=True)
+        penalised = t["x"].sum() + grad.square().sum()  # which has a gradient without the penalty's, too
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            penalised.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": "4"}, TypeError, "scale: got '4'; accepted is a float, or a tensor"),
+        ({"scale": None}, TypeError, "scale: got None"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p: got '0.1'; accepted is a probability"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p: got nan"),
+        ({"eps": -1e-3}, ValueError, "eps: got -0.001; accepted is a number from 0"),
+        ({"eps": "small"}, TypeError, "eps: got 'small'"),
+        ({"skip": "no"}, TypeError, "skip: got 'no'; accepted are True and False"),
+        ({"dropout_p": 0.1, "seed": 2**63}, ValueError, "seed: got 9223372036854775808; accepted is an int of 64 bits"),
+        ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed: got float"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, error, message):
+    t = {name: tensor.detach() for name, tensor in _leaves("cpu").items()}
+    with pytest.raises(error, match=message):
+        fa.ops.bottleneck(t["x"], t["w_down"], t["b_down"], t["w_up"], t["b_up"], **options)
+
+
+def test_a_scale_of_a_lora_that_is_no_number_is_named():
+    x, a, b = torch.randn(3, 8), torch.randn(2, 8), torch.randn(8, 2)
+    with pytest.raises(TypeError, match="scale: got 'x'; accepted is a number"):
+        fa.ops.lora_linear(x, torch.randn(8, 8), None, a, b, scale="x")
+
+
+def test_compiled_training_through_a_frozen_adapter():
+    leaves = _leaves("cpu")
+    t = {name: tensor.detach() for name, tensor in leaves.items()}
+
+    def loss(x):
+        y = fa.ops.bottleneck(x, t["w_down"], t["b_down"], t["w_up"], t["b_up"], dropout_p=0.5, seed=3)
+        return y.square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected, found = (torch.autograd.grad(f(leaves["x"]), leaves["x"])[0] for f in (loss, compiled))
+    torch.testing.assert_close(found, expected)
 
 
 @every_runner

@@ -45,13 +45,14 @@ def tree(tmp_path):
     package.mkdir()
     shutil.copy(ROOT / "fastadapt" / "__init__.py", package / "__init__.py")
     setup = (ROOT / "setup.py").read_text()
-    setup, replaced = re.subn(
-        r"^CPU_SOURCES: list\[str\] = \[.*?\]$",
-        'CPU_SOURCES: list[str] = ["csrc/probe.cpp"]',
-        setup,
-        flags=re.MULTILINE | re.DOTALL,
-    )
-    assert replaced == 1
+    for name, sources in (("CPU", '["csrc/probe.cpp"]'), ("CUDA", "[]")):
+        setup, replaced = re.subn(
+            rf"^{name}_SOURCES: list\[str\] = \[.*?\]$",
+            f"{name}_SOURCES: list[str] = {sources}",
+            setup,
+            flags=re.MULTILINE | re.DOTALL,
+        )
+        assert replaced == 1
     (tmp_path / "setup.py").write_text(setup)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "probe.cpp").write_text(

@@ -308,6 +308,21 @@ def test_a_hundred_tasks():
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model_class", [BertForSequenceClassification, BertModel])
+def test_another_task_costs_no_walk_through_those_held(model_class, monkeypatch):
+    model = make(model_class)
+    fa.adapt(model, CONFIGS["narrow"], "first")
+    fa.activate(model, None)
+    held = model.fastadapt["first"]
+
+    def walk(*_, **__):
+        raise AssertionError("a thousand tasks would be walked through for each new one")
+
+    monkeypatch.setitem(held.__dict__, "named_modules", walk)
+    for name in ("lora", "wide", "bitfit", "head" if model_class is not BertModel else "pfeiffer"):
+        fa.adapt(model, CONFIGS[name], name)
+
+
 def test_the_problem_type_is_found_in_the_batch_and_kept():
     model = adapted(["narrow", "lora"]).train()
     inputs = batch(model, rows=2, labels=True)
@@ -341,8 +356,8 @@ def test_what_cannot_be_routed_is_refused_and_nothing_changes():
         ("narrow", TypeError, "names: got 'narrow'; accepted is a list"),
         ({"narrow"}, TypeError, "names: got"),
         (3, TypeError, "names: got 3"),
-        ([3], TypeError, "names: got 3; accepted are strings and None"),
-        ([], ValueError, "names: got none"),
+        ([3], TypeError, "names: got 3; accepted is a list"),
+        ([], ValueError, "names: got \\[\\]; accepted is a list.*at least one"),
         (["narrow", "wider"], ValueError, "heads of unequal width \\('narrow' of 3, 'wider' of 5\\)"),
         ([None, "wider"], ValueError, "heads of unequal width"),
         (["prefix"], ValueError, "'prefix' is of a PrefixConfig, which is not routed"),
@@ -433,3 +448,126 @@ def test_explain_names_the_routed_op():
     with fa.route(model, ["narrow", "lora", None]):
         told = str(fa.explain(model))
     assert "bottleneck_rows" in told and "'narrow', 'lora', None by row" in told
+
+
+# -- one text of several tasks ------------------------------------------------------------------------------------
+
+
+def each_task(model, by_text, inputs, skip_layers=()):
+    """Each text under each of its tasks alone, without gradients."""
+    found = []
+    for i, names in enumerate(by_text):
+        for name in names if isinstance(names, tuple) else (names,):
+            fa.activate(model, name, skip_layers=skip_layers)
+            found.append(output(model, **row(inputs, i)))
+    fa.activate(model, None)
+    return torch.cat(found)
+
+
+def rows_of_layers(model, call):
+    """How many rows each layer of the encoder is given."""
+    seen = []
+    layers = model.base_model.encoder.layer
+    hooks = [m.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[0])) for m in layers]
+    # A hook on the layer runs after the one that forks, and sees what that gave.
+    call()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+BY_TEXT = [("narrow", None, "lora"), "narrow", ("lora", "narrow")]
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [BertForSequenceClassification, RobertaForSequenceClassification, ElectraForSequenceClassification, BertModel,
+     BertForTokenClassification],
+)  # fmt: skip
+@pytest.mark.parametrize("skip_layers", [(), (0,), (0, 1), (1,), (0, 1, 2)])
+def test_tasks_of_a_text_share_the_layers_below_the_lowest_adapted_one(model_class, skip_layers):
+    model = adapted(["narrow", "lora"], model_class)
+    inputs = batch(model)
+    expected = each_task(model, BY_TEXT, inputs, skip_layers)
+    with fa.route(model, BY_TEXT, skip_layers=skip_layers):
+        found = output(model, **inputs)
+        rows = rows_of_layers(model, lambda: output(model, **inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    shared = {(): 0, (0,): 1, (0, 1): 2, (1,): 0, (0, 1, 2): 2}[skip_layers]  # the last layer is never shared
+    assert rows == [3] * shared + [6] * (3 - shared)
+
+
+def test_what_adapts_the_embeddings_leaves_no_trunk():
+    model = adapted(["narrow", "wide", "bitfit"])
+    inputs = batch(model)
+    by_text = [("narrow", "wide"), ("bitfit",), (None, "wide", "narrow")]
+    expected = each_task(model, by_text, inputs)
+    with fa.route(model, by_text):
+        found = output(model, **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_text_of_many_tasks():
+    names = ["narrow", "lora", "beside", "bitfit", None]
+    model = adapted(names)
+    inputs = row(batch(model), 1)
+    expected = each_task(model, [tuple(names)], inputs, (0,))
+    with fa.route(model, [tuple(names)], skip_layers=[0]):
+        torch.testing.assert_close(output(model, **inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tasks_of_a_text_with_several_choices():
+    model = adapted(["narrow", "lora"], BertForMultipleChoice)
+    inputs = batch(model)
+    expected = each_task(model, BY_TEXT, inputs, (0,))
+    with fa.route(model, BY_TEXT, skip_layers=(0,)):
+        torch.testing.assert_close(output(model, **inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_gradients_of_tasks_of_one_text(reentrant):
+    model = adapted(["narrow", "lora"], hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    inputs = batch(model)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    flat = [n for names in BY_TEXT for n in (names if isinstance(names, tuple) else (names,))]
+    repeated = {key: value[[0, 0, 0, 1, 2, 2]] for key, value in inputs.items()}
+    with fa.route(model, flat, skip_layers=(0,)):
+        model(**repeated, labels=labels).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with fa.route(model, BY_TEXT, skip_layers=(0,)):
+        model(**inputs, labels=labels).loss.backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_tasks_of_a_text_can_be_assigned_anew_and_compiled():
+    model = adapted(["narrow", "lora"])
+    inputs = batch(model)
+    other = [("lora", "lora", None), None, ("narrow", None)]
+    with fa.route(model, BY_TEXT, skip_layers=(0,)) as routing:
+        compiled = torch.compile(model, backend="eager")
+        output(compiled, **inputs)
+        routing.assign(other)
+        found = output(compiled, **inputs)
+        with pytest.raises(ValueError, match=r"names: got \[2, 1, 3\]; accepted are \[3, 1, 2\]"):
+            routing.assign(other[::-1])
+    torch.testing.assert_close(found, each_task(model, other, inputs, (0,)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [[("narrow", ()), None, None], [(), None, None], [("narrow", 1), None, None]])
+def test_tuples_of_something_else_are_refused(names):
+    model = adapted(["narrow"])
+    with pytest.raises((TypeError, ValueError), match="names: got"), fa.route(model, names):
+        pass
+    assert model.fastadapt.route is None
+
+
+def test_skipped_layers_of_a_route_are_checked():
+    model = adapted(["narrow"])
+    with pytest.raises(ValueError, match="skip_layers.*0 to 2"), fa.route(model, ["narrow"] * 3, skip_layers=[3]):
+        pass

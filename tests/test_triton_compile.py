@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import os
@@ -18,19 +19,30 @@ TABLE = json.loads((ROOT / "benchmarks" / "results" / "triton_compile.json").rea
 ROWS = [dict(zip(TABLE["columns"], row, strict=True)) for row in TABLE["rows"]]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 KEY = ("op", "kernel", "arch", "dtype", "hidden", "bottleneck", "rows")
-# Compiled anew by the test: one bottleneck a dtype and architecture, an op without one, and every kind of a LoRA's.
-SUBSET = [
+# Compiled anew by the test: of every kind of kernel the widest or the one that came closest to spilling.
+CRITICAL = [
     ("bottleneck training", 90, "bfloat16", 768, 64, 65536),
     ("bottleneck backward", 90, "float16", 1024, 256, 65536),
-    ("bottleneck backward", 80, "bfloat16", 768, 48, 512),
     ("bottleneck autocast training", 80, "bfloat16", 768, 256, 65536),
     ("add_norm backward", 80, "float16", 768, 0, 65536),
     ("linear training", 90, "bfloat16", 1024, 0, 65536),
     ("lora square training", 90, "bfloat16", 768, 12, 65536),
-    ("lora deep backward", 80, "float16", 1024, 8, 65536),
     ("lora qkv dropout backward", 80, "bfloat16", 768, 8, 65536),
     ("lora qkv rows training", 90, "float16", 768, 48, 65536),
+    ("bottleneck rows training", 90, "bfloat16", 768, 64, 65536),
+    ("mix backward", 90, "bfloat16", 768, 64, 65536),
+    ("merge", 90, "float16", 768, 8, 65536),
 ]
+
+
+def _case_of_today():
+    """Another one every day, so that all of the table is held in the course of time."""
+    sixteen = sorted({tuple(row[n] for n in CASE) for row in ROWS if row["dtype"] != "float32"})
+    return sixteen[datetime.date.today().toordinal() * 7919 % len(sixteen)]
+
+
+CASE = ("op", "arch", "dtype", "hidden", "bottleneck", "rows")
+SUBSET = [*CRITICAL, _case_of_today()]
 
 
 def _about(row):
@@ -42,39 +54,48 @@ def test_the_table_holds_every_shape():
     kernels = [("bottleneck inference", "forward"), ("bottleneck training", "forward")]
     kernels += [("bottleneck backward", kernel) for kernel in ("rows", "weights", "sum")]
     for (op, kernel), arch, dtype, hidden, b in itertools.product(
-        kernels, (80, 90), ("bfloat16", "float16", "float32"), (384, 768, 1024), (16, 48, 64, 100, 256)
+        kernels, (80, 90), ("bfloat16", "float16", "float32"), (384, 768, 1024), (7, 16, 48, 64, 100, 256)
     ):
         for rows in (65536,) if dtype == "float32" else (512, 65536):
             assert (op, kernel, arch, dtype, hidden, b, rows) in there
         if dtype == "bfloat16":
             autocast = op.replace("inference", "training").replace(" ", " autocast ")
             assert (autocast, kernel, arch, dtype, hidden, b, 65536) in there
+    kernels = [("bottleneck rows training", "forward"), ("mix training", "forward"), ("mix backward", "backward")]
+    kernels += [("bottleneck rows backward", kernel) for kernel in ("rows", "weights", "slot_sum", "sum")]
+    for (op, kernel), arch, dtype, b in itertools.product(
+        kernels, (80, 90), ("bfloat16", "float16", "float32"), (48, 64, 256)
+    ):
+        assert (op, kernel, arch, dtype, 768, b, 65536) in there
     assert len(there) == len(ROWS)
 
 
 def test_the_table_holds_every_linear_and_rank():
     there = {tuple(row[n] for n in KEY) for row in ROWS}
     linears, archs, dtypes = ("square", "qkv", "wide", "deep"), (80, 90), ("bfloat16", "float16", "float32")
-    for of, arch, dtype, hidden in itertools.product(linears, archs, dtypes, (768, 1024)):
-        every = hidden == 768 and dtype != "float32"
-        for r in (1, 4, 8, 12, 16, 48, 64, 128) if every else (8, 48):
-            # A small LoRA joins the product where a weight is alone with it and instructions multiply matrices.
-            fused = r <= 16 and dtype != "float32"
-            kernels = {"training": ["fused"] if fused else ["low", "product"]}
-            kernels["backward"] = ["weights a", "weights b", "sum"]
-            kernels["backward"] += ["fused"] if fused and of != "qkv" else ["low", "product"]
-            for direction, named in kernels.items():
-                for kernel in named:
-                    assert (f"lora {of} {direction}", kernel, arch, dtype, hidden, r, 65536) in there
+    ranks = (1, 4, 8, 12, 16, 48, 64, 128)
+    for of, arch, dtype, hidden, r in itertools.product(linears, archs, dtypes, (384, 768, 1024), ranks):
+        # A small LoRA joins the product where a weight is alone with it and instructions multiply matrices.
+        fused = r <= 16 and dtype != "float32"
+        kernels = {"training": ["fused"] if fused else ["low", "product"]}
+        kernels["backward"] = ["weights a", "weights b", "sum"]
+        kernels["backward"] += ["fused"] if fused and of != "qkv" else ["low", "product"]
+        for direction, named in kernels.items():
+            for kernel in named:
+                assert (f"lora {of} {direction}", kernel, arch, dtype, hidden, r, 65536) in there
     for kind, arch, dtype, r in itertools.product(("dropout", "rows"), archs, dtypes, (8, 48)):
         for kernel in ("low", "product", "weights a", "weights b"):
             assert (f"lora qkv {kind} backward", kernel, arch, dtype, 768, r, 65536) in there
+    for kernel, arch, dtype, hidden, r in itertools.product(
+        ("out", "check", "in"), archs, dtypes, (384, 768, 1024), ranks
+    ):
+        assert ("merge", kernel, arch, dtype, hidden, r, 65536) in there
 
 
 def test_products_in_sixteen_bits_use_matrix_instructions_and_wide_loads():
     products = ("forward", "fused", "low", "product", "weights a", "weights b")
     for row in ROWS:
-        if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith("add_norm"):
+        if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith(("add_norm", "mix")):
             assert row["matrix"] > 0, _about(row)
             assert row["wide_loads"] > 0, _about(row)
 
@@ -95,10 +116,10 @@ def test_every_kernel_fits_its_shared_memory():
 @pytest.fixture(scope="module")
 def compiled():
     code = (
-        "import dataclasses, json\n"
+        "import dataclasses, json, os\n"
         "from benchmarks import triton_compile as t\n"
         f"cases = [t.Case(*case) for case in {SUBSET!r}]\n"
-        "print(json.dumps([dataclasses.asdict(u) for case in cases for u in t.measure(case)]))\n"
+        "print(json.dumps([dataclasses.asdict(u) for u in t.table(cases, os.cpu_count())]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -109,7 +130,7 @@ def compiled():
 
 
 def test_a_fresh_compilation_spills_nothing_and_fits(compiled):
-    assert {u["op"] for u in compiled} == {case[0] for case in SUBSET}
+    assert {tuple(u[n] for n in CASE) for u in compiled} == set(SUBSET)
     for usage in compiled:
         assert usage["spill_stores"] == usage["spill_loads"] == 0, _about(usage)
         assert usage["shared"] <= SHARED_BYTES[usage["arch"]], _about(usage)
@@ -133,7 +154,7 @@ def _predicted(cases):
         "table = {row.key: row for row in t.read()[1]}\n"
         f"cases = [t.Case(*case) for case in {cases!r}]\n"
         "def told(case):\n"
-        "    works = [r.work(one, case.bottleneck) for one in t.recorded(case)]\n"
+        "    works = [r.work(one, case) for one in t.recorded(case)]\n"
         "    launches = r.predicted(case, r.DEVICES[2], table)\n"
         "    return [(*l, w.bytes, w.operations) for l, w in zip(launches, works, strict=True)]\n"
         "print(json.dumps([told(case) for case in cases]))\n"
@@ -170,6 +191,35 @@ def test_the_model_counts_bytes_and_operations():
     names = [launch[0] for launch in backward]
     assert names == ["fused", "weights a", "weights b", "sum"]
     assert [launch[2] for launch in backward[1:]] == ["memory"] * 3
+
+
+def test_the_written_model_is_that_of_the_tables():
+    """Some rows made anew, and every kernel of both tables there; times are positive and grow with the rows."""
+    written = json.loads((ROOT / "benchmarks" / "results" / "roofline.json").read_text())
+    columns, rows = written["columns"], written["rows"]
+    by_key = {tuple(row[:7]): dict(zip(columns, row, strict=True)) for row in rows}
+    assert len(by_key) == len(rows)
+    triton_rows = {(r["op"], r["kernel"], r["dtype"], r["hidden"], r["bottleneck"], r["rows"]) for r in ROWS}
+    assert {key[1:] for key in by_key if key[0] == "triton"} == triton_rows
+    cuda = json.loads((ROOT / "benchmarks" / "results" / "cuda_compile.json").read_text())["rows"]
+    launched = {row[0] for row in cuda} - {"summarise", "collect"}  # which go over counts, not over weights
+    assert {key[1] for key in by_key if key[0] == "cuda"} == launched
+    for row in by_key.values():
+        times = [row[f"{device} us"] for device in ("A100", "H100", "H200")]
+        assert all(time > 0 for time in times) and times[0] >= times[2], row
+    cases = [("bottleneck backward", 90, "bfloat16", 768, 64, 65536), ("merge", 90, "bfloat16", 768, 8, 65536)]
+    for case, launches in zip(cases, _predicted(cases), strict=True):
+        for kernel in {launch[0] for launch in launches}:
+            mine = [launch for launch in launches if launch[0] == kernel]
+            row = by_key["triton", case[0], kernel, *case[2:]]
+            assert row["H200 us"] == pytest.approx(1e6 * sum(launch[1] for launch in mine), abs=0.02)
+            assert row["H200 bound"] == max(mine, key=lambda launch: launch[1])[2]
+    few, many = (by_key["cuda", "bottleneck", "bottleneck", "bfloat16", 768, 64, n]["H200 us"] for n in (128, 512))
+    assert few < many
+    # A merge reads and writes 85 million weights of two bytes and one byte of code each.
+    assert by_key["cuda", "remerge", "remerge", "bfloat16", 768, 8, 0]["H200 us"] == pytest.approx(
+        12 * 12 * 768**2 * 5 / 4.8e12 * 1e6, rel=0.02
+    )
 
 
 def test_the_model_prints_a_row_for_each_op():

@@ -55,7 +55,7 @@ def test_accelerate_and_restore(model_class):
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
     stock = output(model)
     assert fa.accelerate(model) is model
-    assert len(fused(model)) == 3 + 4 * 3
+    assert len(fused(model)) == 4 + 4 * 3
     assert list(model.state_dict()) == keys
     assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
     accelerated = output(model)

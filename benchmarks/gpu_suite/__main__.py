@@ -19,12 +19,21 @@ import transformers
 import triton
 
 import fastadapt as fa
-from benchmarks.gpu_suite import measure, merging, models, ops
+from benchmarks.gpu_suite import measure, merging, models, must, ops, peers, sanitize
+from fastadapt import dispatch, proven
+from fastadapt.ops.schemas import CUDA_OPS
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_ops.py", "tests/test_lora_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py")
+TESTS = (
+    "tests/test_cuda_kernels.py", "tests/test_merge_ops.py", "tests/test_ops.py", "tests/test_lora_ops.py",
+    "tests/test_rows_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py",
+)  # fmt: skip
 TESTS_LIMIT_S = 240
 NO_GPU = 2
+# Systems that the others are also held against, beside eager code.
+BASES = ("frozen", "merged", "copy", "compiled", "peft", "adapterhub", "captured")
+Absences = dict[str, str]
+Outcome = tuple[list[dict[str, Any]], Absences]
 
 
 def environment() -> dict[str, Any]:
@@ -62,61 +71,104 @@ def run_tests() -> dict[str, Any]:
 
 
 def _rows(
-    times: dict[str, measure.Times], about: dict[str, Any], floor_us: float | None, off: str | None
+    times: dict[str, measure.Times], about: dict[str, Any], floor_us: float | None, off: dict[str, str | None]
 ) -> list[dict[str, Any]]:
     found = []
     for system, taken in times.items():
         p20, p50, p80 = taken.percentiles
         row = about | {"system": system, "p20_us": p20, "p50_us": p50, "p80_us": p80}
         row["ratio_to_eager"] = measure.paired_ratio(taken, times["eager"])
-        for base in ("frozen", "merged", "copy"):
+        for base in BASES:
             if base in times:
                 row[f"ratio_to_{base}"] = measure.paired_ratio(taken, times[base])
         row["share_of_floor"] = None if floor_us is None else floor_us / p50
-        row["wrong"] = off if system == "ours" else None
+        row["wrong"] = off.get(system)
         found.append(row)
     return found
 
 
-def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> list[dict[str, Any]]:
-    off = ops.wrong(case)
+def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
+    off: dict[str, str | None] = {"ours": ops.wrong(case) or ops.repeats(case)}
+    absent: Absences = {}
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     t = ops.tensors(case)
     with fa.backend("triton"):
         graphs = {"ours": measure.captured(ops.step(case, lambda: ops.ours(case, t, case.p, seed), t))}
     graphs["eager"] = measure.captured(ops.step(case, lambda: ops.eager(case, t, case.p), t))
+    if f"{case.op}_forward" in CUDA_OPS and not case.training and case.rows <= 1024:
+        loaded = dispatch.load("cuda")
+        if isinstance(loaded, str):
+            absent["cuda"] = loaded
+        else:
+            with fa.backend("cuda"):
+                graphs["cuda"] = measure.captured(ops.step(case, lambda: ops.ours(case, t, case.p, seed), t))
+            off["cuda"] = ops.repeats(case, backend="cuda")
     if case.lora:
         plain = ("x",) if case.training else ()
         graphs["frozen"] = measure.captured(ops.step(case, lambda: ops.frozen(case, t), t, plain))
     if case.compiled:
         compiled = torch.compile(ops.eager, mode="max-autotune-no-cudagraphs", dynamic=False)
         graphs["compiled"] = measure.captured(ops.step(case, lambda: compiled(case, t, case.p), t))
+    for name, setup in peers.OF[case.op].items():
+        try:
+            off[name] = peers.wrong(case, t, setup)
+            graphs[name] = measure.captured(ops.step(case, setup(case, t, case.p), t))
+        except peers.AbsentError as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # another library's kernel that fails is its own result, not the end of the case
+            absent[name] = f"failed: {type(error).__name__}: {error}"
     floor = ceilings.floor_us(*ops.work(case), case.dtype)
     rows = []
     for cold in (False, True):
         times = measure.in_turns({n: g.replay for n, g in graphs.items()}, rounds, cold=cold)
         rows += _rows(times, {"bench": case.name, "l2": "cold" if cold else "warm"}, floor, off)
-    return rows
+    return rows, absent
 
 
-def run_merge(case: merging.MergeCase, ceilings: measure.Ceilings, rounds: int) -> list[dict[str, Any]]:
+def run_merge(case: merging.MergeCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
     """The host's work included: a merge is checked before anything is written."""
-    off = merging.wrong(case)
+    off: dict[str, str | None] = {"ours": merging.wrong(case)}
     calls = merging.systems(case)
+    if "cuda" in calls:
+        with fa.backend("cuda"):
+            off["cuda"] = merging.wrong(case)
     for call in calls.values():
         for _ in range(3):
             call()
     floor = ceilings.floor_us(*merging.work(case), case.dtype)
-    return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, floor, off)
+    absent = {} if "cuda" in calls else {"cuda": str(dispatch.load("cuda"))}
+    return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, floor, off), absent
 
 
-def run_model(case: models.ModelCase, rounds: int) -> list[dict[str, Any]]:
+def run_model(case: models.ModelCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
     """Launches included: a whole model is timed as a user runs it."""
-    calls = models.systems(case)
+    calls, absent = models.systems(case)
     for call in calls.values():
         for _ in range(3):
             call()
-    return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, None, None)
+    floor = None if case.training else ceilings.floor_us(*models.work(case), "bfloat16")
+    about = {"bench": case.name, "l2": "warm"}
+    return _rows(measure.in_turns(calls, rounds, cold=False), about, floor, {}), absent
+
+
+def record_proof(result: dict[str, Any], path: Path = proven.TABLE) -> list[str]:
+    """Write down what the tests of this run prove on this GPU; the backends it was written for."""
+    checks = result["sanitizer"].values()
+    if not result["tests"]["ok"] or any(check["ok"] is False for check in checks):
+        return []
+    about = result["environment"]
+    architecture = "sm_" + about["capability"].replace(".", "")
+    entry = {"device": about["device"], "date": about["date"][:10], "commit": about["commit"]}
+    written = []
+    for backend in ("cuda", "triton"):
+        module = dispatch.load(backend)
+        if isinstance(module, str):
+            continue
+        names = CUDA_OPS if backend == "cuda" else sorted(n for n in vars(module) if n.endswith(("ward", "remerge_")))
+        fresh = entry | {"sources": proven.sources(backend), "ops": list(names)}
+        proven.record(backend, architecture, fresh, path)
+        written.append(backend)
+    return written
 
 
 def report(row: dict[str, Any]) -> str:
@@ -130,11 +182,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--rounds", type=int, default=50, help="measurements of each case")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which no further case begins")
+    parser.add_argument("--must", type=Path, metavar="JSON", help="only print what has to be reached from a result")
     parser.add_argument("--dry-run", action="store_true", help="list the tests and cases, and run none")
     chosen = parser.parse_args(arguments)
     op_cases, merge_cases, model_cases = list(ops.cases()), list(merging.cases()), list(models.cases())
     if chosen.dry_run:
         print("\n".join([*TESTS, *(c.name for c in [*op_cases, *merge_cases, *model_cases])]))
+        return 0
+    if chosen.must is not None:
+        print(must.text(json.loads(chosen.must.read_text())["records"]))
         return 0
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU is visible here, so nothing was tested or measured", file=sys.stderr)
@@ -145,28 +201,39 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     result: dict[str, Any] = {"environment": environment(), "tests": run_tests(), "records": [], "not_run": []}
     print(f"tests: {'passed' if result['tests']['ok'] else 'FAILED'}", flush=True)
+    result["sanitizer"] = {tool: sanitize.run(tool) for tool in sanitize.TOOLS}
+    for tool, told in result["sanitizer"].items():
+        state = told["reason"] if told["ok"] is None else "passed" if told["ok"] else "FAILED"
+        print(f"compute-sanitizer {tool}: {state}", flush=True)
+    result["proven"], result["absent"] = record_proof(result), {}
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}
     work = [*((c.name, run_op, (c, ceilings, chosen.rounds)) for c in op_cases),
             *((c.name, run_merge, (c, ceilings, chosen.rounds)) for c in merge_cases),
-            *((c.name, run_model, (c, chosen.rounds)) for c in model_cases)]  # fmt: skip
+            *((c.name, run_model, (c, ceilings, chosen.rounds)) for c in model_cases)]  # fmt: skip
     for name, run, args in work:
         if time.monotonic() - begun > chosen.budget:
             result["not_run"].append({"bench": name, "reason": f"the budget of {chosen.budget:.0f} s was spent"})
             continue
         try:
-            rows = run(*args)
+            rows, absent = run(*args)
         except Exception as error:  # one case that fails must not lose the others' results
             result["not_run"].append({"bench": name, "reason": f"{type(error).__name__}: {error}"})
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue
         result["records"] += rows
+        result["absent"] |= absent
         print("\n".join(report(row) for row in rows), flush=True)
         chosen.json.write_text(json.dumps(result, indent=1))
         torch.cuda.empty_cache()
     result["seconds"] = round(time.monotonic() - begun, 1)
+    result["must"] = must.table(result["records"])
     chosen.json.write_text(json.dumps(result, indent=1))
+    for name, reason in result["absent"].items():
+        print(f"not here: {name} ({reason})")
+    print(must.text(result["records"]))
     failed = not result["tests"]["ok"] or result["not_run"] or any(row["wrong"] for row in result["records"])
+    failed = failed or any(told["ok"] is False for told in result["sanitizer"].values())
     return 1 if failed else 0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastadapt as fa
+from fastadapt import dispatch
 
 HIDDEN, LAYERS, SCALE = 768, 12, 1.0
 # Of a layer: query, key, value, attention output, intermediate, output.
@@ -57,7 +58,10 @@ def _pair(weights: list[Tensor], a: list[Tensor], b: list[Tensor]) -> None:
 
 
 def systems(case: MergeCase) -> dict[str, Callable[[], None]]:
-    """Each merges and unmerges once a call; the copy writes as many weights, there and back."""
+    """Each merges and unmerges once a call; the copy writes as many weights, there and back.
+
+    ``cuda``: the CUDA C++ kernels, where they are compiled.
+    """
     own, plain = matrices(case), matrices(case)
     aside = [torch.empty_like(w) for w in plain[0]]
 
@@ -72,7 +76,16 @@ def systems(case: MergeCase) -> dict[str, Callable[[], None]]:
         torch._foreach_copy_(aside, plain[0])
         torch._foreach_copy_(plain[0], aside)
 
-    return {"ours": lambda: _pair(*own), "eager": peft, "copy": copy}
+    found = {"ours": lambda: _pair(*own), "eager": peft, "copy": copy}
+    if not isinstance(dispatch.load("cuda"), str):
+        forced = matrices(case)
+
+        def cuda() -> None:
+            with fa.backend("cuda"):
+                _pair(*forced)
+
+        found["cuda"] = cuda
+    return found
 
 
 def work(case: MergeCase) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class ModelCase:
 def cases() -> Iterator[ModelCase]:
     for method in ("houlsby", "lora"):
         for training in (False, True):
-            for batch in (1, 8, 32) if not training else (8, 32):
+            for batch in (1, 8, 32, 256) if not training else (8, 32):
                 compiled = method == "houlsby" and batch == 32 and not training
                 yield ModelCase(method, batch, 128, training, compiled)
 
@@ -42,6 +42,13 @@ TARGETS = {  # ours, and the full ends of PEFT's names: "output.dense" alone wou
     "attention_output": "attention.output.dense", "intermediate": "intermediate.dense",
     "output": r"\d+.output.dense",
 }  # fmt: skip
+
+
+def work(case: ModelCase) -> tuple[float, float]:
+    """(operations of an inference, 0.0: bytes are not what bounds it): products, attention and the adapters' own."""
+    tokens, h = case.batch * case.sequence, 768
+    low = 2 * 4 * h * 64 if case.method == "houlsby" else 4 * 8 * 18 * h  # six LoRAs: 9 h in, 9 h out
+    return 12.0 * tokens * (24 * h * h + 4 * case.sequence * h + low), 0.0
 
 
 def _adapted(case: ModelCase, name: str = "bench") -> torch.nn.Module:
@@ -57,15 +64,37 @@ def _peft() -> torch.nn.Module:
     return get_peft_model(_stock(), LoraConfig(r=8, lora_alpha=8, target_modules=rf".*\.({ends})"))
 
 
+def _adapterhub() -> torch.nn.Module:
+    import adapters
+
+    model = _stock()
+    adapters.init(model)
+    model.add_adapter("bench", config=adapters.DoubleSeqBnConfig(reduction_factor=768 / 64, non_linearity="gelu"))
+    model.train_adapter("bench")
+    return model
+
+
+def _captured(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
+    """The model through fa.capture, on the example's own shapes."""
+    inputs = _inputs(case)
+    run = fa.capture(model, inputs)  # type: ignore[attr-defined]
+    return lambda: run(**inputs)
+
+
 def _stock() -> torch.nn.Module:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(num_labels=2))
 
 
-def _step(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
+def _inputs(case: ModelCase) -> dict[str, torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randint(1000, 30000, (case.batch, case.sequence), device="cuda", generator=generator)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _step(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    inputs = _inputs(case)
     if not case.training:
 
         def inference() -> Any:
@@ -87,10 +116,10 @@ def _step(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
     return train
 
 
-def systems(case: ModelCase) -> dict[str, Callable[[], Any]]:
-    """Ours, stock (fully fine-tuned where it trains) and stock compiled, each with its own weights.
+def systems(case: ModelCase) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """(ours, stock (fully fine-tuned where it trains), peers, each with its own weights; the peers not here and why).
 
-    For LoRA also ours merged, and PEFT where it is installed.
+    For LoRA also ours merged. ``captured``: ours in a CUDA graph.
     """
 
     def placed(model: torch.nn.Module) -> torch.nn.Module:
@@ -98,11 +127,23 @@ def systems(case: ModelCase) -> dict[str, Callable[[], Any]]:
         return model.train() if case.training else model.bfloat16().eval()
 
     found = {"ours": _step(placed(_adapted(case)), case), "eager": _step(placed(_stock()), case)}
+    absent: dict[str, str] = {}
     if case.method == "lora":
         if not case.training:
             found["merged"] = _step(fa.merge(placed(_adapted(case)), "bench"), case)
         if importlib.util.find_spec("peft") is not None:
             found["peft"] = _step(placed(_peft()), case)
+        else:
+            absent["peft"] = "not installed"
+    elif importlib.util.find_spec("adapters") is not None:
+        found["adapterhub"] = _step(placed(_adapterhub()), case)
+    else:
+        absent["adapterhub"] = "adapters is not installed"
+    if case.batch == 1 and not case.training:
+        if hasattr(fa, "capture"):
+            found["captured"] = _captured(placed(_adapted(case)), case)
+        else:
+            absent["captured"] = "fastadapt has no capture yet"
     if case.compiled:
         found["compiled"] = _step(torch.compile(placed(_stock()), mode="max-autotune-no-cudagraphs"), case)
-    return found
+    return found, absent

@@ -17,11 +17,13 @@ Tensors = dict[str, Tensor]
 
 # A batch of rows that differ in their LoRA.
 BATCH_ROWS, SLOTS = 32, 8
+COMPILED_ROWS = (128, 4096, 65536)
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op at one shape. ``training``: forward with dropout 0.1 and backward; else forward alone.
+    """One op at one shape. ``training``: forward with dropout 0.1 and backward; else forward alone. With
+    ``backward_only`` the forward is made once and not timed.
 
     ``bottleneck`` is the rank of a LoRA. ``lora`` has no dropout, ``lora dropout`` has 0.1 of what A reads, and
     ``lora rows`` mixes eight LoRAs in a batch.
@@ -34,10 +36,11 @@ class OpCase:
     dtype: str
     training: bool
     compiled: bool  # torch.compile takes a while: not at every shape
+    backward_only: bool = False
 
     @property
     def name(self) -> str:
-        kind = "training" if self.training else "inference"
+        kind = "backward" if self.backward_only else "training" if self.training else "inference"
         width = f"{'r' if self.lora else 'b'}={self.bottleneck}"
         return f"{self.op} {kind} rows={self.rows} H={self.hidden} {width} {self.dtype}"
 
@@ -52,14 +55,17 @@ class OpCase:
 
 def cases() -> Iterator[OpCase]:
     for training in (False, True):
-        for rows in (1024, 4096, 16384, 65536):
-            yield OpCase("bottleneck", rows, 768, 64, "bfloat16", training, rows in (4096, 65536))
+        for rows in (1, 128, 512, 1024, 4096, 16384, 65536):
+            if rows >= 128 or not training:
+                yield OpCase("bottleneck", rows, 768, 64, "bfloat16", training, rows in COMPILED_ROWS)
         for b in (16, 256):
             yield OpCase("bottleneck", 16384, 768, b, "bfloat16", training, False)
         yield OpCase("bottleneck", 16384, 1024, 64, "float16", training, False)
         yield OpCase("bottleneck", 16384, 768, 64, "float32", training, False)
-        for rows in (4096, 65536):
+        for rows in (128, 4096, 65536):
             yield OpCase("add_norm", rows, 768, 0, "bfloat16", training, rows == 65536)
+            if rows < 4096:
+                continue
             yield OpCase("linear", rows, 768, 0, "bfloat16", training, rows == 65536)
             yield OpCase("lora", rows, 768, 16, "bfloat16", training, rows == 65536)
             yield OpCase("lora rows", rows, 768, 8, "bfloat16", training, False)
@@ -67,6 +73,8 @@ def cases() -> Iterator[OpCase]:
         yield OpCase("lora", 16384, 1024, 8, "float16", training, False)
         yield OpCase("lora", 16384, 768, 16, "float32", training, False)
     yield OpCase("lora dropout", 65536, 768, 16, "bfloat16", True, False)
+    for rows in (4096, 65536):
+        yield OpCase("bottleneck", rows, 768, 64, "bfloat16", True, False, backward_only=True)
 
 
 def tensors(case: OpCase, device: str = "cuda") -> Tensors:
@@ -111,7 +119,7 @@ TRAINED = {
     "lora dropout": _LORA,
     "lora rows": ("x", *(f"lora_{m}{i}" for i in range(SLOTS) for m in "ab")),
 }
-_LORA_SCALE = 2.0
+LORA_SCALE = 2.0
 
 
 def ours(case: OpCase, t: Tensors, p: float, seed: Tensor) -> Tensor:
@@ -123,13 +131,13 @@ def ours(case: OpCase, t: Tensors, p: float, seed: Tensor) -> Tensor:
     if case.op == "add_norm":
         return fa.ops.add_norm(t["x"], t["residual"], t["gamma"], t["beta"], dropout_p=p, seed=seed)
     if case.op == "lora rows":
-        loras = [fa.ops.LowRank(t[f"lora_a{i}"], t[f"lora_b{i}"], _LORA_SCALE, slot=i) for i in range(SLOTS)]
+        loras = [fa.ops.LowRank(t[f"lora_a{i}"], t[f"lora_b{i}"], LORA_SCALE, slot=i) for i in range(SLOTS)]
         x = t["x"].view(BATCH_ROWS, -1, case.hidden)
         y = fa.ops.linear(x, t["w"], [t["b"]] * SLOTS, loras=loras, rows=_slot_of(case, t["x"].device))
         return y.view(t["x"].shape)
     if case.lora:
         return fa.ops.lora_linear(
-            t["x"], t["w"], t["b"], t["lora_a0"], t["lora_b0"], scale=_LORA_SCALE, dropout_p=p, seed=seed
+            t["x"], t["w"], t["b"], t["lora_a0"], t["lora_b0"], scale=LORA_SCALE, dropout_p=p, seed=seed
         )
     return fa.ops.linear(t["x"], t["w"], t["b"], activation="gelu")
 
@@ -153,11 +161,11 @@ def _peft(case: OpCase, t: Tensors, p: float) -> Tensor:
     """PEFT's way: the linear's own output, and onto it what each LoRA gives for the rows that are its own."""
     y = F.linear(t["x"], t["w"], t["b"])
     if case.op != "lora rows":
-        return y + F.linear(F.linear(F.dropout(t["x"], p), t["lora_a0"]), t["lora_b0"]) * _LORA_SCALE
+        return y + F.linear(F.linear(F.dropout(t["x"], p), t["lora_a0"]), t["lora_b0"]) * LORA_SCALE
     y, x = (u.view(BATCH_ROWS, -1, case.hidden) for u in (y, t["x"]))
     for i in range(SLOTS):
         mine = torch.arange(i, BATCH_ROWS, SLOTS, device=x.device)
-        y = y.index_add(0, mine, F.linear(F.linear(x[mine], t[f"lora_a{i}"]), t[f"lora_b{i}"]) * _LORA_SCALE)
+        y = y.index_add(0, mine, F.linear(F.linear(x[mine], t[f"lora_a{i}"]), t[f"lora_b{i}"]) * LORA_SCALE)
     return y.view(t["x"].shape)
 
 
@@ -176,6 +184,9 @@ def step(case: OpCase, forward: Callable[[], Tensor], t: Tensors, trained: tuple
 
         return inference
     leaves = [t[name].requires_grad_() for name in trained or TRAINED[case.op]]
+    if case.backward_only:
+        y = forward()
+        return lambda: torch.autograd.grad(y, leaves, t["dy"], retain_graph=True)
     return lambda: torch.autograd.grad(forward(), leaves, t["dy"])
 
 
@@ -192,8 +203,23 @@ def work(case: OpCase) -> tuple[float, float]:
         return 0.0, (8.0 if case.training else 3.0) * t * h * size
     if not case.training:
         return 4.0 * t * h * b, 3.0 * t * h * size
+    if case.backward_only:
+        return 8.0 * t * h * b, 5.0 * t * h * size + t * b * size
     # forward writes s as well; backward reads dy, s, x and writes dx, dresidual; z goes out and comes back
     return 12.0 * t * h * b, (4.0 + 5.0) * t * h * size + 2.0 * t * b * size
+
+
+def repeats(case: OpCase, device: str = "cuda", backend: str = "triton") -> str | None:
+    """Why the op is not deterministic: what differs in some bit between two runs, dropout included."""
+    t = tensors(case, device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    with fa.backend(backend):
+        call = step(case, lambda: ours(case, t, case.p, seed), t)
+        first, second = (r if isinstance(r, tuple) else (r,) for r in (call(), call()))
+    for number, (a, b) in enumerate(zip(first, second, strict=True)):
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return f"result {number} differs between two runs"
+    return None
 
 
 def wrong(case: OpCase, device: str = "cuda") -> str | None:

@@ -49,6 +49,8 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
     """Why these kernels can't serve the call; None where they can."""
     if device_type != "cpu":
         return f"the tensors are on {device_type}, not on the CPU"
+    if op.startswith("mix"):
+        return "no C++ kernel mixes adapters"
     if op == "remerge_" and dtype == torch.float16:
         return None
     if dtype not in (torch.float32, torch.bfloat16):

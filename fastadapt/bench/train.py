@@ -21,12 +21,13 @@ BASE = "full"
 
 def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdict]:
     """Each adapted system's gradients with dropout off against a float64 model's, yardstick plain eager PyTorch."""
-    setup = Setup(dataclasses.replace(case, dropout=0.0, lora_dropout=0.0), classifier=True)
+    batch = max(case.batch, method(case.method).judged_batch)
+    setup = Setup(dataclasses.replace(case, dropout=0.0, lora_dropout=0.0, batch=batch), classifier=True)
     model, tensors = setup.plain_with_tensors(torch.float64)
-    model(input_ids=setup.ids, labels=setup.labels).loss.backward()
+    model.train()(input_ids=setup.ids, labels=setup.labels).loss.backward()  # as the systems are: dropout is 0
     exact = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
     model, tensors = setup.plain_with_tensors()
-    setup.loss(model).backward()
+    setup.loss(model.train()).backward()
     eager = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
     del model, tensors
     verdicts = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fastadapt.bench.case import DTYPES, TARGETS, Case
 from fastadapt.bench.methods import METHODS
-from fastadapt.cli import bench, train
+from fastadapt.cli import bench, train, tune
 from fastadapt.cli.arguments import Parser, check_device, positive, targets_of
 from fastadapt.errors import UserError
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train.add_parsers(commands)
     bench.add_parsers(commands)
+    tune.add_parser(commands)
     return parser
 
 

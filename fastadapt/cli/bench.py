@@ -115,6 +115,7 @@ def _latency_parser(jobs: Any) -> None:
   fastadapt bench latency --method lora --targets query,value --batch 8
   fastadapt bench latency --batch 1 --dtype bf16 --peers compile openvino
   fastadapt bench latency --layers 4 --tasks 8 --batch 32
+  fastadapt bench latency --method adapterdrop --drop 5 --tasks 8 --same-text --batch 1
   fastadapt bench latency --model ./my-bert --json out.json --plot out.png""",
     )
     _model_options(parser)
@@ -124,7 +125,16 @@ def _latency_parser(jobs: Any) -> None:
         "--compile-mode", choices=("default", "max-autotune"), default="default", help="of torch.compile (default)"
     )
     parser.add_argument(
-        "--tasks", type=positive, metavar="N", help="that many tasks mixed in each batch, against one task for all"
+        "--tasks",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="that many tasks mixed in each batch, against one task for all; several are cells",
+    )
+    parser.add_argument(
+        "--same-text",
+        action="store_true",
+        help="with --tasks: each text has all tasks, against one after the other; layers that none adapts run once",
     )
     _shared_options(parser, batch=(1, 8, 32), budget=20.0)
     parser.set_defaults(run=_latency)
@@ -242,6 +252,8 @@ def _latency(args: argparse.Namespace) -> None:
     from fastadapt.bench.methods import method
     from fastadapt.bench.peers import chosen
 
+    if args.same_text and args.tasks is None:
+        raise UserError("--same-text: got it without --tasks; accepted is --tasks N --same-text")
     if args.tasks is not None:
         if args.method not in mixed.METHODS:
             raise UserError(f"--tasks: got --method {args.method}; accepted are {', '.join(mixed.METHODS)}")
@@ -249,7 +261,8 @@ def _latency(args: argparse.Namespace) -> None:
             raise UserError("--peers: got some with --tasks; accepted is none, PEFT is a peer of --method lora")
         if args.plot is not None:
             raise UserError("--plot: got one with --tasks, of which there is no drawing; accepted is --json")
-        jobs = [partial(mixed.run_case, case, args.tasks, budget=args.budget) for case in _cases(args)]
+        options = {"shared": args.same_text, "budget": args.budget}
+        jobs = [partial(mixed.run_case, case, tasks, **options) for case in _cases(args) for tasks in args.tasks]
         _bench(args, jobs, mixed.rows, [])
         return
     peers, notes = chosen("inference", args.peers, method(args.method).inference_peers)

@@ -1,13 +1,15 @@
 """The fused sublayers in a live model of AdapterHub's library: its modules, parameters and calls stay its own.
 
-A sublayer looks at the library's active setup in every forward. One adapter, or a Fuse, runs fused: bottleneck
-adapters and fusions as parts whose parameters are the library's own objects, prefixes in the attention. Where anything
-else is active, a LoRA too, the library's forward runs as it was, and ``fa.explain`` says why.
+A sublayer looks at the library's active setup in every forward. One adapter, a Fuse, or a BatchSplit runs fused:
+bottleneck adapters and fusions as parts whose parameters are the library's own objects, LoRAs in the products, prefixes
+in the attention. Where anything else is active, the library's forward runs as it was, and ``fa.explain`` says why.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from fastadapt.modules.active import Active
 from fastadapt.modules.bottleneck import Site
 from fastadapt.modules.fusion import Fusion
 from fastadapt.modules.plain import reads_as
+from fastadapt.modules.routed import Routed, Table
 from fastadapt.modules.sublayers import FusedIntermediate, FusedOutput, FusedSelfAttention, FusedSublayer, Op
+from fastadapt.ops import LowRank
 
 _FUSED: dict[type, type] = {}  # a class in a model of the library's -> that class fused
 
@@ -33,7 +37,7 @@ def prepare(wiring: Wiring, base: nn.Module) -> None:
         return
     from adapters.methods.lora import LoRALinearTorch
 
-    reads_as(LoRALinearTorch, nn.Linear)  # the mixins below refuse where a LoRA is active in one
+    reads_as(LoRALinearTorch, nn.Linear)  # the mixins below add what is active in one, or refuse
     hub = {wiring.attention: HubSelfAttention, wiring.attention_output: HubOutput,
            wiring.intermediate: HubIntermediate, wiring.output: HubOutput}  # fmt: skip
     for path, module in wiring.sublayers(base):
@@ -68,6 +72,20 @@ class _LivePrefix:
         return self.states.permute(1, 0, 3, 2, 4).flatten(3)  # [B, 2, P, H]
 
 
+class _LiveLoRA:
+    """One of the library's LoRAs, read at every forward."""
+
+    lora_magnitude_vector = None
+
+    def __init__(self, lora: nn.Module) -> None:
+        self.lora, self.rank = lora, lora.r
+
+    def term(self, weight: int) -> LowRank:
+        dropout = self.lora.lora_dropout
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return LowRank(self.lora.lora_A, self.lora.lora_B, self.lora.scaling, weight, dropout_p=p)
+
+
 class HubSublayer(FusedSublayer):
     """Mixin before a fused class: what is active is read from the library's setup, in every forward."""
 
@@ -88,19 +106,24 @@ class HubSublayer(FusedSublayer):
     def _look(self) -> str | None:
         """Set what is active; why this sublayer can't run it, or None."""
         self.__dict__["active"] = None
-        names, fuse, reason = _setup(self)
-        if reason is not None:
-            return reason
-        active = Active()
-        reason = self._look_at_linears(names) or self._look_here(active, names, fuse)
-        if reason is None and (active.site is not None or active.prefix is not None):
-            self.__dict__["active"] = active
+        names, block, reason = _setup(self)
+        if reason is not None or not names:
+            return reason or self._look_at_linears((), None, ())
+        actives = [Active() for _ in names]
+        reason = self._look_at_linears(names, block, actives) or self._look_here(names, block, actives)
+        if reason is None and any(a.site is not None or a.prefix is not None or a.loras for a in actives):
+            sizes = getattr(block, "batch_sizes", None)
+            place = next(self.parameters()).device
+            self.__dict__["active"] = actives[0] if sizes is None else Routed(_table(tuple(sizes), place), actives)
         return reason
 
-    def _look_here(self, active: Active, names: tuple[str, ...], fuse: bool) -> str | None:
+    def _look_here(self, names: tuple[str, ...], block: Any, actives: Sequence[Active]) -> str | None:
+        """Put what the library has here, but for its linears, into ``actives``: one a name, a Fuse's in the first."""
         return None
 
-    def _look_at_linears(self, names: tuple[str, ...]) -> str | None:
+    def _look_at_linears(self, names: tuple[str, ...], block: Any, actives: Sequence[Active]) -> str | None:
+        from adapters.composition import Fuse
+
         seen = self.__dict__.setdefault("_merged", {})
         for child, linear in self._modules.items():
             loras = getattr(linear, "loras", None)
@@ -114,14 +137,19 @@ class HubSublayer(FusedSublayer):
             here = [name for name in local if name in loras]
             if not here:
                 continue
-            return f"a {type(loras[here[0]]).__name__} of AdapterHub's is active in {child}"
+            if isinstance(block, Fuse) or len(here) != len(names):
+                return f"a {type(block).__name__} of AdapterHub's has {', '.join(here)} in {child}"
+            for name, active in zip(names, actives, strict=True):
+                if reason := _unread(loras[name]):
+                    return f"{reason} of AdapterHub's is active in {child}"
+                active.loras[child] = [_LiveLoRA(loras[name])]
         return None
 
 
 class HubSelfAttention(HubSublayer, FusedSelfAttention):
     """Self-attention of the library's, with its prefixes."""
 
-    def _look_here(self, active: Active, names: tuple[str, ...], fuse: bool) -> str | None:
+    def _look_here(self, names: tuple[str, ...], block: Any, actives: Sequence[Active]) -> str | None:
         from adapters.context import ForwardContext
 
         context = ForwardContext.get_context()
@@ -132,13 +160,13 @@ class HubSelfAttention(HubSublayer, FusedSelfAttention):
         here = [name for name in local if name in layer.prefixes]
         if not here:
             return None
-        if fuse or here[0] in layer.prefix_gates:
-            return "a gated or fused prefix of AdapterHub's is active"
+        if block is not None or here[0] in layer.prefix_gates:
+            return "a prefix of AdapterHub's is active that is gated, or one of several"
         if context is None or not hasattr(context, "prefix_states"):
             return None  # asked outside of a forward, as fa.explain does: nothing is computed yet
         states = context.prefix_states[here[0]][layer.location_key][layer.prefixes[here[0]]]
         dropout = layer.pool.prefix_tunings[here[0]][layer.location_key].dropout
-        active.prefix = _LivePrefix(states, dropout.training and dropout.p > 0.0)
+        actives[0].prefix = _LivePrefix(states, dropout.training and dropout.p > 0.0)
         return None
 
 
@@ -152,14 +180,18 @@ class HubOutput(HubSublayer, FusedOutput):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if self.refusal() is not None:
             return super(FusedOutput, self).forward(hidden_states, input_tensor)
+        if isinstance(self.active, Routed) and len(self.active.table.slots) != hidden_states.shape[0]:
+            given, rows = len(self.active.table.slots), hidden_states.shape[0]
+            raise IndexError(f"batch_sizes: of the active BatchSplit sum to {given}; accepted is {rows}, the batch's")
         return super().forward(hidden_states, input_tensor)
 
-    def _look_here(self, active: Active, names: tuple[str, ...], fuse: bool) -> str | None:
+    def _look_here(self, names: tuple[str, ...], block: Any, actives: Sequence[Active]) -> str | None:
         if self.get_active_setup() is None:
             return None
         here = [name for name in names if name in self.adapters]
         if not here:
             return None
+        from adapters.composition import Fuse
         from adapters.context import ForwardContext
 
         context = ForwardContext.get_context()
@@ -167,15 +199,16 @@ class HubOutput(HubSublayer, FusedOutput):
             return "gating scores are asked for"
         if getattr(context, "output_adapter_fusion_attentions", False):
             return "the fusion's attentions are asked for"
-        if not fuse:
-            site = self._view(here[0])
-            active.site = None if isinstance(site, str) else site
-            return site if isinstance(site, str) else None
         if len(here) != len(names):
-            return "a Fuse has adapters here that others lack"
-        mix = self._mix(names)
-        active.site = None if isinstance(mix, str) else mix
-        return mix if isinstance(mix, str) else None
+            return f"a {type(block).__name__} has adapters here that others lack"
+        found = [self._mix(names)] if isinstance(block, Fuse) else [self._view(name) for name in names]
+        for active, site in zip(actives, found, strict=False):
+            if isinstance(site, str):
+                return site
+            active.site = site
+        if not isinstance(block, Fuse) and len({_sum_of(site.config) for site in found}) > 1:
+            return "the adapters of a BatchSplit differ in where residual and LayerNorm stand"
+        return None
 
     def _view(self, name: str) -> Site | str:
         """The library's adapter as a part that has its parameters; or why there is none."""
@@ -235,27 +268,48 @@ def _share(part: nn.Module, key: str, parameter: nn.Parameter) -> None:
     part.get_submodule(owner)._parameters[name] = parameter
 
 
-def _setup(module: nn.Module) -> tuple[tuple[str, ...], bool, str | None]:
-    """(names of what is active in the whole model, whether they are fused, why that cannot run)."""
-    from adapters.composition import Fuse, Stack
+def _unread(lora: nn.Module) -> str | None:
+    """What a LoRA of the library's is, where it can't be read."""
+    from adapters.methods.lora import LoRA
+
+    if type(lora) is not LoRA:
+        return f"a {type(lora).__name__}"
+    return "a gated LoRA" if lora.use_gating else "a DoRA" if lora.use_dora else None
+
+
+def _sum_of(config: Any) -> tuple[Any, ...]:
+    """What the library takes from the first or the last adapter of a BatchSplit, for all of its rows."""
+    return config.parallel, config.original_ln_before, config.residual_before_ln, config.original_ln_after
+
+
+@lru_cache(maxsize=16)
+def _table(sizes: tuple[int, ...], device: torch.device) -> Table:
+    """The rows of a BatchSplit; as good for training as for inference."""
+    with torch.inference_mode(False):
+        return Table([slot for slot, size in enumerate(sizes) for _ in range(size)], device, ())
+
+
+def _setup(module: nn.Module) -> tuple[tuple[str, ...], Any, str | None]:
+    """(names of what is active in the whole model, the Fuse or BatchSplit of them, why that cannot run)."""
+    from adapters.composition import BatchSplit, Fuse, Stack
     from adapters.context import AdapterSetup
 
     config = module.adapters_config if hasattr(module, "adapters_config") else _config_of(module)
     context = AdapterSetup.get_context()
     setup = context.adapter_setup if context is not None else None if config is None else config.active_setup
     if setup is None:
-        return (), False, None
+        return (), None, None
     while isinstance(setup, Stack) and len(setup) == 1 and not isinstance(setup[0], str):
         setup = setup[0]
     if isinstance(setup, str):
-        return (setup,), False, None
+        return (setup,), None, None
     children = tuple(setup)
     if all(isinstance(child, str) for child in children):
         if isinstance(setup, Stack) and len(children) == 1:
-            return children, False, None
-        if isinstance(setup, Fuse):
-            return children, True, None
-    return (), False, f"AdapterHub's {type(setup).__name__} is active"
+            return children, None, None
+        if isinstance(setup, (Fuse, BatchSplit)):
+            return children, setup, None
+    return (), None, f"AdapterHub's {type(setup).__name__} is active"
 
 
 def _config_of(module: nn.Module) -> Any:

@@ -23,7 +23,7 @@ from fastadapt.models.head import last_linear, parts_of
 from fastadapt.models.methods.lora import target_paths
 from fastadapt.models.wiring import Wiring
 from fastadapt.modules.lora import LoRA
-from fastadapt.modules.state import Adaptation, own_labels
+from fastadapt.modules.state import Adaptation, base_modules, own_labels
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -136,7 +136,7 @@ class Folder:
         prefix = hub if any(key.startswith(hub) for key in self.weights) else ""
         names = {path: prefix + path for path in known}
         targets = {path: name for path, name in names.items() if self.peft.targeted(name)}
-        others = {prefix + path: m for path, m in base.named_modules() if path and path not in known}
+        others = {prefix + path: m for path, m in base_modules(base) if path and path not in known}
         if prefix and base is not model:
             others |= {f"{slot}.{path}".rstrip("."): m for slot, head in wiring.slots_of(model).items()
                        for path, m in head.named_modules()}  # fmt: skip
@@ -150,7 +150,7 @@ class Folder:
             raise ValueError(f"path: {self.folder} has target_modules={self.peft.targets!r}, which are none in this "
                              f"{type(model).__name__}")  # fmt: skip
         for module in self.peft.modules_to_save:
-            inside = [path for path, _ in base.named_modules() if re.match(rf"(^|.*\.){module}$", prefix + path)]
+            inside = [path for path, _ in base_modules(base) if re.match(rf"(^|.*\.){module}$", prefix + path)]
             if inside:
                 raise ValueError(
                     f"path: {self.folder} has modules_to_save={self.peft.modules_to_save!r}, of which {module} is a "

@@ -15,10 +15,15 @@ from fastadapt.modules.sublayers import (
     FusedOutput,
     FusedSelfAttention,
 )
+from fastadapt.modules.unpad import FusedEncoder
 
 
 class FusedBertEmbeddings(FusedEmbeddings, hf.BertEmbeddings):
     """Fused :class:`BertEmbeddings`."""
+
+
+class FusedBertEncoder(FusedEncoder, hf.BertEncoder):
+    """Fused :class:`BertEncoder`."""
 
 
 class FusedBertSelfAttention(FusedSelfAttention, hf.BertSelfAttention):
@@ -53,6 +58,7 @@ _FUSED: dict[type, type] = {
     hf.BertEmbeddings: FusedBertEmbeddings,
     nn.LayerNorm: FusedNorm,
     nn.Dropout: FusedDropout,
+    hf.BertEncoder: FusedBertEncoder,
     hf.BertSelfAttention: FusedBertSelfAttention,
     hf.BertSelfOutput: FusedBertSelfOutput,
     hf.BertIntermediate: FusedBertIntermediate,

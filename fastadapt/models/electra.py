@@ -15,10 +15,15 @@ from fastadapt.modules.sublayers import (
     FusedOutput,
     FusedSelfAttention,
 )
+from fastadapt.modules.unpad import FusedEncoder
 
 
 class FusedElectraEmbeddings(FusedEmbeddings, hf.ElectraEmbeddings):
     """Fused :class:`ElectraEmbeddings`."""
+
+
+class FusedElectraEncoder(FusedEncoder, hf.ElectraEncoder):
+    """Fused :class:`ElectraEncoder`."""
 
 
 class FusedElectraSelfAttention(FusedSelfAttention, hf.ElectraSelfAttention):
@@ -59,6 +64,7 @@ WIRING = Wiring(
         hf.ElectraEmbeddings: FusedElectraEmbeddings,
         nn.LayerNorm: FusedNorm,
         nn.Dropout: FusedDropout,
+        hf.ElectraEncoder: FusedElectraEncoder,
         hf.ElectraSelfAttention: FusedElectraSelfAttention,
         hf.ElectraSelfOutput: FusedElectraSelfOutput,
         hf.ElectraIntermediate: FusedElectraIntermediate,

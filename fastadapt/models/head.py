@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastadapt.models.wiring import Wiring
-from fastadapt.modules.state import own_labels
+from fastadapt.modules.state import base_modules, own_labels
 
 
 def make_head(model: nn.Module, wiring: Wiring, head: int | nn.Module | None) -> tuple[nn.Module | None, int | None]:
@@ -52,7 +52,8 @@ def copy_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module]) -> 
     parameter of the copy: it is neither trained nor stored with it.
     """
     inside = {id(m) for slot in slots.values() for m in slot.modules()}
-    outside = {id(p) for m in model.modules() if id(m) not in inside for p in m._parameters.values() if p is not None}
+    others = [m for _, m in base_modules(model) if id(m) not in inside]
+    outside = {id(p) for m in others for p in m._parameters.values() if p is not None}
     tied = {id(p): p for slot in slots.values() for p in slot.parameters() if id(p) in outside}
     memo: dict[int, object] = dict(tied)
     for slot in slots.values():

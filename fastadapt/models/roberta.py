@@ -15,10 +15,15 @@ from fastadapt.modules.sublayers import (
     FusedOutput,
     FusedSelfAttention,
 )
+from fastadapt.modules.unpad import FusedEncoder
 
 
 class FusedRobertaEmbeddings(FusedEmbeddings, hf.RobertaEmbeddings):
     """Fused :class:`RobertaEmbeddings`."""
+
+
+class FusedRobertaEncoder(FusedEncoder, hf.RobertaEncoder):
+    """Fused :class:`RobertaEncoder`."""
 
 
 class FusedRobertaSelfAttention(FusedSelfAttention, hf.RobertaSelfAttention):
@@ -49,6 +54,7 @@ _FUSED: dict[type, type] = {
     hf.RobertaEmbeddings: FusedRobertaEmbeddings,
     nn.LayerNorm: FusedNorm,
     nn.Dropout: FusedDropout,
+    hf.RobertaEncoder: FusedRobertaEncoder,
     hf.RobertaSelfAttention: FusedRobertaSelfAttention,
     hf.RobertaSelfOutput: FusedRobertaSelfOutput,
     hf.RobertaIntermediate: FusedRobertaIntermediate,

@@ -7,7 +7,7 @@ names, ``isinstance``, copies, pickles and hooks go on as before, and giving the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -17,6 +17,7 @@ from transformers import activations
 from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.state import CONTAINER
 from fastadapt.modules.sublayers import FusedOutput, name_activation
+from fastadapt.modules.unpad import FusedEncoder, NoteMask
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -29,6 +30,8 @@ for _kind, _name in (
 ):
     name_activation(_kind, _name)
 
+_READ_PADDING = ("qa_outputs",)  # heads whose softmax is over all positions
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -39,7 +42,7 @@ class Wiring:
         fused: original class -> fused class, matched by exact type; every class that may stand at a path below.
         heads: original class -> class of the head's slot.
         slots: attributes of a model that may hold (a part of) its head.
-        layers: path of the list of layers in the base model.
+        encoder: path of what holds the layers in the base model; ``layers``: of their list.
         attention, attention_output, intermediate, output: paths in a layer.
         embeddings: path in the base model; its LayerNorm and dropout are the attributes of these names.
         pooler, projection: paths in the base model of linear layers outside of the encoder, where it has them: the
@@ -52,6 +55,7 @@ class Wiring:
     heads: Mapping[type, type]
     slots: tuple[str, ...]
     hub_name: str
+    encoder: str = "encoder"
     layers: str = "encoder.layer"
     attention: str = "attention.self"
     attention_output: str = "attention.output"
@@ -89,6 +93,7 @@ class Wiring:
         yield self.embeddings, embeddings
         yield f"{self.embeddings}.LayerNorm", embeddings.LayerNorm
         yield f"{self.embeddings}.dropout", embeddings.dropout
+        yield self.encoder, attrgetter(self.encoder)(base)
         for i, layer in enumerate(self.layers_of(base)):
             for path in (self.attention, self.attention_output, self.intermediate, self.output):
                 yield f"{self.layers}.{i}.{path}", attrgetter(path)(layer)
@@ -113,6 +118,15 @@ class Wiring:
         for path in self.alone(base):
             yield path, "", base.get_submodule(path)
 
+    def prefixes_of(self, layers: Iterable[int]) -> tuple[str, ...]:
+        """How the paths of what lies in these layers begin."""
+        return tuple(f"{self.layers}.{i}." for i in layers)
+
+    def layer_of(self, path: str) -> int | None:
+        """The layer in which the sublayer at ``path`` lies; None outside of the layers."""
+        found = re.match(rf"{re.escape(self.layers)}\.(\d+)\.", path)
+        return None if found is None else int(found[1])
+
     def owner(self, path: str) -> tuple[str, str]:
         """(path of the sublayer in which the part at ``path`` runs, its path there)."""
         found = self._owners.get(path)
@@ -133,12 +147,23 @@ class Wiring:
                 return found[1], found[2] or ""
         raise ValueError(f"no part runs at {path}")
 
-    def fuse(self, base: nn.Module) -> None:
+    def fuse(self, model: nn.Module, base: nn.Module) -> None:
         """Give every sublayer its fused class; what is of an unknown class stays as it is."""
         for _, module in self.sublayers(base):
             fused = self.fused.get(type(module))
             if fused is not None:
                 module.__class__ = fused
+        encoder = attrgetter(self.encoder)(base)
+        if isinstance(encoder, FusedEncoder):
+            layers = self.layers_of(base)
+            encoder.__dict__["attentions"] = [attrgetter(self.attention)(layer) for layer in layers]
+            others = (self.attention_output, self.intermediate, self.output)
+            encoder.__dict__["others"] = [attrgetter(path)(layer) for layer in layers for path in others]
+            encoder.__dict__["head_reads_padding"] = any(
+                slot in m._modules for m in model.modules() for slot in _READ_PADDING
+            )
+            if not any(isinstance(hook, NoteMask) for hook in base._forward_pre_hooks.values()):
+                base.register_forward_pre_hook(NoteMask(encoder), with_kwargs=True)
 
     def open_slots(self, model: nn.Module) -> None:
         for module in self.slots_of(model).values():
@@ -149,6 +174,9 @@ class Wiring:
     def restore(self, model: nn.Module) -> None:
         """Give every module of the model its original class and forget what ran in it."""
         for module in model.modules():
+            for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoteMask)]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
             original = self.original.get(type(module))
             if original is None:
                 continue
@@ -159,6 +187,10 @@ class Wiring:
                 "active_head",
                 "first_layer",
                 "adapted",
+                "attentions",
+                "others",
+                "noted",
+                "head_reads_padding",
                 "_views",
                 "_mixes",
                 "_merged",

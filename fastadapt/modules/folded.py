@@ -27,6 +27,11 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(torch.compiler.disable(refresh))
 
 
+def generation() -> int:
+    """A number that moves at every :func:`refresh`."""
+    return _generation
+
+
 class Folded:
     """One value and the state of the parameters that it was made of; copies and pickles begin empty."""
 

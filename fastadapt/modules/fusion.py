@@ -32,12 +32,11 @@ _BERT_STD = 0.02
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """All adapters side by side: [N·b, H], [N·b], [H, N·b], [N, H]."""
+    """All adapters side by side: [N·b, H], [N·b], and W_up and b_up as [H, N·b + N]."""
 
     down: Tensor
     b_down: Tensor
-    up: Tensor
-    b_up: Tensor
+    both: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,9 @@ class Fusion(Part):
         norm, stacked = ("add_norm", {"hidden": hidden}), self.count * self.width
         if self.config.mix != "attention":
             return [norm, ("bottleneck", {"hidden": hidden, "bottleneck": stacked})]
-        return [norm, *[("linear", {"features": hidden})] * 2, ("linear", {"features": stacked + self.count}), norm]
+        mixed = ("mix", {"adapters": self.count, "bottleneck": self.width})
+        products = [("linear", {"features": hidden})] * 2
+        return [norm, *products, mixed, ("linear", {"features": stacked + self.count}), norm]
 
     @property
     def has_loss(self) -> bool:
@@ -150,32 +151,21 @@ class Fusion(Part):
             sigma = activate(self.activation, F.linear(u, stack.down, stack.b_down))
         else:
             sigma = ops.linear(u, stack.down, stack.b_down, activation=self.activation)
-        shape = (self.count, self.width)
         q = self.query(u)
-        qk = F.linear(q, self.key.weight.T)
-        scores = (F.linear(qk, stack.up.T).unflatten(-1, shape) * sigma.unflatten(-1, shape)).sum(-1)
-        scores = scores + F.linear(qk, stack.b_up) + F.linear(q, self.key.bias[None])
-        p = torch.softmax(ops.drop(scores, self.dropout if self.training else 0.0), -1).to(sigma.dtype)
-        mixed = (sigma.unflatten(-1, shape) * p[..., None]).flatten(-2)
-        o = F.linear(mixed, stack.up) + F.linear(p, stack.b_up.T)
+        t = F.linear(F.linear(q, self.key.weight.T), stack.both.T)
+        shift = F.linear(q, self.key.bias[None]).squeeze(-1)
+        mixed = ops.mix(sigma, t, self.count, shift=shift, dropout_p=self.dropout if self.training else 0.0)
+        o = F.linear(mixed, stack.both)
         return o if self.value is None else self.value(o)
 
     def _inferred(self, u: Tensor, borrowed: list[Tensor], own: list[Tensor]) -> Tensor:
         """The same without a score dropped and without a gradient."""
         stack = self._folded_stack.get(borrowed, self._stacked)
         products = self._folded_products.get([*own, *borrowed], lambda: self._products(stack))
-        stacked = self.count * self.width
         with torch.no_grad():
             sigma = ops.linear(u, stack.down, stack.b_down, activation=self.activation)
             t = ops.linear(u, products.score, products.b_score)
-            shape = (self.count, self.width)
-            sigma = sigma.unflatten(-1, shape)
-            scores = (t[..., :stacked].unflatten(-1, shape) * sigma).sum(-1) + t[..., stacked:]
-            p = torch.softmax(scores, -1).to(t.dtype)
-            mixed = torch.empty_like(t)
-            torch.mul(sigma, p[..., None], out=mixed[..., :stacked].unflatten(-1, shape))
-            mixed[..., stacked:] = p
-            return ops.linear(mixed, products.out)
+            return ops.linear(ops.mix(sigma, t, self.count), products.out)
 
     def _summed(self, u: Tensor, total: Tensor, norm: nn.Module, borrowed: list[Tensor], own: list[Tensor]) -> Tensor:
         """LN(Σ w_n a_n + total): one bottleneck of width N·b."""
@@ -204,8 +194,8 @@ class Fusion(Part):
         return _Stack(
             torch.cat([s.down.weight for s in sites]),
             torch.cat([s.down.bias for s in sites]),
-            torch.cat([s.up.weight * _column(s.scale) for s in sites], dim=1),
-            torch.stack([s.up.bias * s.scale for s in sites]),
+            torch.cat([s.up.weight * _column(s.scale) for s in sites]
+                      + [(s.up.bias * s.scale)[:, None] for s in sites], dim=1),
         )
 
     def _weighted(self) -> tuple[_Stack, Tensor, Tensor]:
@@ -214,13 +204,14 @@ class Fusion(Part):
             weights = self.mix
         else:
             fixed = self.config.weights or [1.0 / self.count] * self.count
-            weights = torch.tensor(fixed, device=stack.up.device, dtype=stack.up.dtype)
-        return stack, stack.up * weights.repeat_interleave(self.width), weights @ stack.b_up
+            weights = torch.tensor(fixed, device=stack.both.device, dtype=stack.both.dtype)
+        up, b_up = stack.both.split([self.count * self.width, self.count], dim=1)
+        return stack, up * weights.repeat_interleave(self.width), b_up @ weights
 
     def _products(self, stack: _Stack) -> _Products:
-        dtype = stack.up.dtype
+        dtype = stack.both.dtype
         wide = accumulation_dtype(dtype)
-        both = torch.cat([stack.up, stack.b_up.T], dim=1).to(wide)  # [H, N·b + N]
+        both = stack.both.to(wide)
         keys = (self.key.weight.to(wide) @ both).T  # what q is multiplied with
         out = both if self.value is None else self.value.weight.to(wide) @ both
         score = keys @ self.query.weight.to(wide)

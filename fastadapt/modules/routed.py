@@ -1,12 +1,14 @@
 """Sublayers and heads of a batch whose rows have adaptations of their own.
 
 A :class:`Table` says which slot each row of the batch has; a :class:`Routed` stands in a sublayer where an
-:class:`Active` does otherwise and holds one of them a slot.
+:class:`Active` does otherwise and holds one of them a slot. Where one text has several tasks, a :class:`Fork` makes
+them rows of their own at the first layer in which they differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +28,24 @@ class Table:
     """The slot of every row of the batch, on the host and on the device.
 
     Args:
-        slots: of every name.
+        slots: of every row.
         device: the model's.
         steps: what parts of these slots have to know about a running forward.
+        texts: the text of every row, where some text has several; None: each row has its own.
     """
 
-    def __init__(self, slots: Sequence[int], device: torch.device, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, slots: Sequence[int], device: torch.device, steps: Sequence[Step], texts: Sequence[int] | None = None
+    ) -> None:
         self.slots, self.steps = list(slots), list(steps)
         self.rows = torch.tensor(self.slots, dtype=torch.int64).to(device, non_blocking=True)
+        self.texts = None
+        if texts is not None:
+            self.texts = torch.tensor(texts, dtype=torch.int64).to(device, non_blocking=True)
+        self.text_count = len(self.slots) if texts is None else len(set(texts))
         self.inference_only: str | None = None  # why, where something can't train
+        self.was_split = False  # whether the host ever took the rows apart, so that captured code holds their slots
+        self.pieces: tuple[list[int], Tensor] | None = None  # without padding: the batch row of every piece of x
         self.each = 1  # rows of the base's batch for one of the model's: the choices of a multiple-choice model
 
     def assign(self, slots: Sequence[int]) -> None:
@@ -43,15 +54,39 @@ class Table:
         self.rows.copy_(torch.tensor(self.slots, dtype=torch.int64), non_blocking=True)
 
     def of_batch(self) -> Tensor:
-        """[B] int64: the slots of the rows of the base's batch."""
-        return self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
+        """[B] int64: the slots of the rows of the base's batch, or of the pieces that it was taken apart into."""
+        rows = self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
+        return rows if self.pieces is None else rows.index_select(0, self.pieces[1])
+
+    @contextmanager
+    def of_pieces(self, owners: list[int]) -> Iterator[None]:
+        """While the context lasts, x has pieces of the batch's rows where it had the rows; ``owners``: which."""
+        self.pieces = (owners, torch.tensor(owners, dtype=torch.int64).to(self.rows.device, non_blocking=True))
+        try:
+            yield
+        finally:
+            self.pieces = None
+
+    def forked(self, value: Any) -> Any:
+        """A tensor [texts, ..., ...] with a row a slot instead; anything else, positions of one text too, as it is."""
+        if self.texts is None or not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if value.shape[0] != self.text_count * self.each:
+            return value
+        texts = self.texts
+        if self.each > 1:
+            texts = (texts[:, None] * self.each + torch.arange(self.each, device=texts.device)).flatten()
+        return value.index_select(0, texts)
 
     def split(self, device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor]:
         """(slot and the numbers of its rows, for every slot that has some; the way back into the batch's order).
 
         Made on the host, where the slots are known, so that nobody waits for the device.
         """
+        self.was_split = True
         slots = torch.tensor(self.slots, dtype=torch.int64).repeat_interleave(self.each)
+        if self.pieces is not None:
+            slots = slots[self.pieces[0]]
         order = torch.argsort(slots, stable=True)
         found, counts = torch.unique_consecutive(slots[order], return_counts=True)
         parts = order.to(device, non_blocking=True).split(counts.tolist())
@@ -236,20 +271,34 @@ def _is_small(head: nn.Module) -> bool:
     return replaced(head, nn.Linear) is None and head.out_features <= head.in_features
 
 
-class BeginRouted:
-    """Before the base's forward: the batch must have the table's length; then what is drawn in this forward."""
+class Fork:
+    """Before a module's forward: what it is given has a row a slot from here on, where it had a row a text."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
 
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        forked = self.table.forked
+        return tuple(forked(value) for value in args), {key: forked(value) for key, value in kwargs.items()}
+
+
+class BeginRouted:
+    """Before the base's forward: the batch must have the table's length; then what is drawn in this forward."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.fork = table, Fork(table)
+
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = _tokens(args, kwargs)
-        expected = len(self.table.slots) * self.table.each
-        if ids is not None and ids.shape[0] != expected:
-            raise ValueError(f"names: got {len(self.table.slots)} in fa.route, but the batch has {ids.shape[0]} rows; "
-                             "accepted is one name a row")  # fmt: skip
+        ids, count = _tokens(args, kwargs), self.table.text_count
+        if ids is not None and ids.shape[0] != count * self.table.each:
+            raise ValueError(f"names: got {count} in fa.route, but the batch has {ids.shape[0]} rows; accepted is one "
+                             "name, or tuple of names, a row")  # fmt: skip
         if base.training and self.table.inference_only is not None:
             raise RuntimeError(f"names: {self.table.inference_only}; accepted is eval")
+        if self.table.steps:
+            args, kwargs = self.fork(base, args, kwargs)
         for step in self.table.steps:
             step.begin(base, args, kwargs)
 

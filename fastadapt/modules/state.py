@@ -124,6 +124,14 @@ class Adaptations(nn.Module):
         return len(self._modules)
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of all of a model but its adaptations, of which there may be a thousand."""
+    yield "", model
+    for name, child in model._modules.items():
+        if name != CONTAINER and child is not None:
+            yield from child.named_modules(prefix=name)
+
+
 def container_of(model: nn.Module) -> Adaptations | None:
     """The model's container, if it was ever adapted."""
     container = getattr(model, "_modules", {}).get(CONTAINER)

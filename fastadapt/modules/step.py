@@ -119,6 +119,11 @@ class Step:
         turn.unpadded = mask.bool() if mask is not None and mask.dim() == 2 else None
         if self.drop is None or not base.training:
             return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"AdapterDrop(mode={self.drop.mode!r}) draws on the host in every forward, which a CUDA graph does not "
+                "repeat; accepted is an adaptation without it, or a forward outside of a capture"
+            )
         if self.drop.mode == "robust":
             turn.first = _on_all_ranks(torch.randint(self.layers, ()), next(base.parameters()).device)
         elif self.drop.mode == "independent":

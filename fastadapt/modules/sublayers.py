@@ -159,20 +159,22 @@ class FusedSelfAttention(FusedSublayer):
         q, k, v = self.query, self.key, self.value
         qkv = project(hidden_states, {"query": q, "key": k, "value": v}, self.active)
         p, scale, heads = _dropout(self.dropout), self.scaling, self.num_attention_heads
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):  # a batch without padding
+            return attention_mask.attention(qkv, heads, prefix, scale, p), None
         if attention_runs_here(qkv.device):
             before = None if prefix is None else prefix(qkv.shape[0])
             return ops.attention(qkv, heads, prefix=before, mask=attention_mask, scale=scale, dropout_p=p), None
         batch, length, _ = qkv.shape
         q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         if prefix is not None:
-            k, v, attention_mask = self._behind(prefix, k, v, attention_mask)
+            k, v, attention_mask = self.behind(prefix, k, v, attention_mask)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=p, scale=scale)
         return out.transpose(1, 2).reshape(batch, length, -1), None
 
     @staticmethod
-    def _behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values [B, heads, P + S, d] and mask behind those of the prefix, to which every query may attend."""
         batch, heads, _, size = k.shape
         before = prefix(batch).to(k.dtype).unflatten(-1, (heads, size)).transpose(-3, -2)  # [..., 2, heads, P, d]
@@ -200,7 +202,7 @@ class FusedSelfAttention(FusedSublayer):
         q, k, v = (
             m(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2) for m in (self.query, self.key, self.value)
         )
-        k, v, mask = self._behind(prefix, k, v, attention_mask)
+        k, v, mask = self.behind(prefix, k, v, attention_mask)
         scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
         if mask is not None:
             lowest = torch.finfo(scores.dtype).min

@@ -8,9 +8,10 @@ from fastadapt.ops.drop import drop
 from fastadapt.ops.linear import linear, lora_linear
 from fastadapt.ops.lora import LowRank
 from fastadapt.ops.merge import Residue, merge_, swap_, unmerge_
+from fastadapt.ops.mix import mix
 from fastadapt.ops.norm import add_norm
 
 __all__ = [
     "ACTIVATIONS", "LowRank", "Residue", "Slot", "add_norm", "attention", "bottleneck", "bottleneck_rows", "drop",
-    "linear", "lora_linear", "merge_", "swap_", "unmerge_",
+    "linear", "lora_linear", "merge_", "mix", "swap_", "unmerge_",
 ]  # fmt: skip

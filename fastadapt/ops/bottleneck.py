@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.activations import activate, canonical, derivative
 from fastadapt.ops.dropout import dropout, resolve_seed
 from fastadapt.ops.norm import norm_backward_reference
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -79,13 +79,15 @@ def bottleneck(
     checks.shape("norm_weight", norm_weight, (hidden,), x.device)
     checks.shape("norm_bias", norm_bias, (hidden,), x.device)
     activation = canonical(activation)
-    dropout_p = checks.probability("dropout_p", dropout_p)
+    dropout_p, eps = checks.probability("dropout_p", dropout_p), checks.epsilon("eps", eps)
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip: got {skip!r}; accepted are True and False")
     if isinstance(scale, Tensor):
         if tuple(scale.shape) not in ((), (1,), (hidden,)):
             raise ValueError(f"scale: got shape {tuple(scale.shape)}; accepted are a float, [1] and [{hidden}]")
         factor, vector = 1.0, scale
     else:
-        factor, vector = float(scale), None
+        factor, vector = checks.number("scale", scale, f"a float, or a tensor [1] or [{hidden}]"), None
 
     dtype = checks.compute_dtype(x)
     seed = resolve_seed(seed, dropout_p, x.device)
@@ -102,7 +104,9 @@ def bottleneck(
 
 def _forward(x, residual, w_down, b_down, w_up, b_up, vector, norm_weight, norm_bias, activation, factor, skip, eps,
              dropout_p, seed, *, save):  # fmt: skip
-    kernel = dispatch.pick("bottleneck_forward", x.device.type, x.dtype, hidden=x.shape[1], bottleneck=w_down.shape[0])
+    kernel = dispatch.pick(
+        "bottleneck_forward", x.device.type, x.dtype, hidden=x.shape[1], bottleneck=w_down.shape[0], rows=x.shape[0]
+    )
     if vector is not None:
         vector = vector.expand(x.shape[1])
     return kernel(

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
@@ -21,6 +20,7 @@ from fastadapt.ops.activations import canonical
 from fastadapt.ops.bottleneck import bottleneck_backward, bottleneck_forward
 from fastadapt.ops.dropout import resolve_seed
 from fastadapt.ops.norm import add_norm_backward, add_norm_forward
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -101,10 +101,13 @@ def bottleneck_rows(
     dtype = checks.compute_dtype(x)
     activations = [canonical(slot.activation) for slot in slots]
     dropout_p = [checks.probability(f"slots[{n}].dropout_p", slot.dropout_p) for n, slot in enumerate(slots)]
-    scales = [1.0 if isinstance(slot.scale, Tensor) else float(slot.scale) for slot in slots]
+    scales = [
+        1.0 if isinstance(slot.scale, Tensor) else checks.number(f"slots[{n}].scale", slot.scale)
+        for n, slot in enumerate(slots)
+    ]
     skips, swaps = [bool(slot.skip) for slot in slots], [bool(slot.swap) for slot in slots]
     seed = resolve_seed(seed, max(dropout_p), x.device)
-    how = (activations, scales, skips, swaps, float(eps), dropout_p, seed)
+    how = (activations, scales, skips, swaps, checks.epsilon("eps", eps), dropout_p, seed)
     flat = checks.flatten(x, dtype)
     flat_residual = None if residual is None else checks.flatten(residual, dtype)
     parameters = [p for slot in slots for p in slot.tensors()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -46,10 +49,24 @@ def rows(table: Tensor | None, x: Tensor, slot_count: int) -> None:
         raise ValueError(f"rows: got {table.tolist()}; accepted are slots 0 to {slot_count - 1}")
 
 
+def number(name: str, value: float, accepted: str = "a number") -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}; accepted is {accepted}")
+    return float(value)
+
+
 def probability(name: str, p: float) -> float:
+    p = number(name, p, "a probability from 0 to 1")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: got {p}; accepted is a probability from 0 to 1")
-    return float(p)
+    return p
+
+
+def epsilon(name: str, eps: float) -> float:
+    eps = number(name, eps, "a number from 0")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"{name}: got {eps}; accepted is a number from 0")
+    return eps
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.dropout import resolve_seed
+from fastadapt.ops.once import once_differentiable
 
 
 def drop(x: Tensor, dropout_p: float, *, seed: int | Tensor | None = None) -> Tensor:

@@ -81,4 +81,6 @@ def resolve_seed(seed: int | Tensor | None, p: float, device: torch.device) -> T
         return seed.to(device)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: got {type(seed).__name__}; accepted are an int or a 0-d int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}; accepted is an int of 64 bits")
     return torch.tensor(seed, dtype=torch.int64, device=device)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks, lora
 from fastadapt.ops.activations import activate, canonical, derivative
 from fastadapt.ops.dropout import dropout, resolve_seed
 from fastadapt.ops.lora import LowRank
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.activations import activate, derivative
 from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype, lora_offsets
 
 
@@ -58,6 +58,7 @@ def check(loras: Sequence[LowRank], weights: Sequence[Tensor], slot_count: int, 
         rank = lora.a.shape[0]
         checks.shape(f"a[{n}]", lora.a, (rank, weights[0].shape[1]), device)
         checks.shape(f"b[{n}]", lora.b, (weights[lora.weight].shape[0], rank), device)
+        checks.number(f"loras[{n}].scale", lora.scale)
         checks.probability(f"loras[{n}].dropout_p", lora.dropout_p)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -44,7 +44,7 @@ def add_norm(
     checks.like("residual", residual, x)
     checks.shape("norm_weight", norm_weight, (hidden,), x.device)
     checks.shape("norm_bias", norm_bias, (hidden,), x.device)
-    dropout_p = checks.probability("dropout_p", dropout_p)
+    dropout_p, eps = checks.probability("dropout_p", dropout_p), checks.epsilon("eps", eps)
     dtype = checks.compute_dtype(x)
     seed = resolve_seed(seed, dropout_p, x.device)
     flat = checks.flatten(x, dtype)
@@ -52,7 +52,7 @@ def add_norm(
     if checks.differentiable(x, residual, norm_weight, norm_bias):
         y, s = _AddNorm.apply(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
     else:
-        kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden)
+        kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden, rows=flat.shape[0])
         y, s = kernel(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
     return (y.view(x.shape), s.view(x.shape)) if return_sum else y.view(x.shape)
 
@@ -60,7 +60,7 @@ def add_norm(
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum):
-        kernel = dispatch.pick("add_norm_forward", x.device.type, x.dtype, hidden=x.shape[1])
+        kernel = dispatch.pick("add_norm_forward", x.device.type, x.dtype, hidden=x.shape[1], rows=x.shape[0])
         y, s = kernel(x, residual, norm_weight, norm_bias, eps, dropout_p, seed, True)
         ctx.save_for_backward(s, norm_weight, norm_bias, seed)
         ctx.options = (eps, dropout_p)

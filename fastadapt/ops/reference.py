@@ -13,12 +13,13 @@ from fastadapt.ops.dropout import dropout as drop
 from fastadapt.ops.linear import linear_backward, linear_forward
 from fastadapt.ops.lora import lora_backward, lora_forward
 from fastadapt.ops.merge import remerge_
+from fastadapt.ops.mix import mix_backward, mix_forward
 from fastadapt.ops.norm import add_norm_backward, add_norm_forward
 
 __all__ = [
     "add_norm_backward", "add_norm_forward", "attention_backward", "attention_forward", "bottleneck_backward",
     "bottleneck_forward", "bottleneck_rows_backward", "bottleneck_rows_forward", "drop", "linear_backward",
-    "linear_forward", "lora_backward", "lora_forward", "refusal", "remerge_",
+    "linear_forward", "lora_backward", "lora_forward", "mix_backward", "mix_forward", "refusal", "remerge_",
 ]  # fmt: skip
 
 

@@ -80,6 +80,13 @@ library.define(
     "float dropout_p, Tensor? seed, bool need_dx, bool need_dbias, bool need_dlora) "
     "-> (Tensor dx, Tensor dbias, Tensor[] da, Tensor[] db)"
 )
+# m = [p_n sigma_n | p_n], p = softmax(drop(g_n . sigma_n + c_n + shift)), t = [g_n | c_n]; sigma [T, N b], t and m
+# [T, N b + N], shift [T].
+library.define("mix_forward(Tensor sigma, Tensor t, Tensor? shift, int count, float dropout_p, Tensor? seed) -> Tensor")
+library.define(
+    "mix_backward(Tensor dm, Tensor sigma, Tensor t, Tensor? shift, int count, float dropout_p, Tensor? seed) "
+    "-> (Tensor dsigma, Tensor dt, Tensor dshift)"
+)
 library.define("drop(Tensor x, float dropout_p, Tensor seed) -> Tensor")
 library.define(
     "attention_forward(Tensor qkv, Tensor? prefix, Tensor? mask, int heads, float scale, float dropout_p, "
@@ -137,7 +144,7 @@ def _(
     dy, x, z, s, w_down, w_up, activation, scale, scale_vector, skip, norm_weight, eps, dropout_p, seed, need_dx,
     need_dresidual, need_dweights, need_dnorm,
 ):  # fmt: skip
-    (rows, hidden), b = x.shape, w_down.shape[0]
+    (rows, hidden), b = dy.shape, w_down.shape[0]  # x has no rows where w_down has no gradient
     weights = [(b, hidden), (b,), (hidden, b), (hidden,)] if need_dweights else [(0,)] * 4
     norm = [(hidden,)] * 2 if need_dnorm else [(0,)] * 2
     return (
@@ -249,6 +256,16 @@ def _(
     )
 
 
+@torch.library.register_fake("fastadapt::mix_forward", lib=library)
+def _(sigma, t, shift, count, dropout_p, seed):
+    return torch.empty_like(t)
+
+
+@torch.library.register_fake("fastadapt::mix_backward", lib=library)
+def _(dm, sigma, t, shift, count, dropout_p, seed):
+    return torch.empty_like(sigma), torch.empty_like(t), _like(t, 0) if shift is None else torch.empty_like(shift)
+
+
 @torch.library.register_fake("fastadapt::drop", lib=library)
 def _(x, dropout_p, seed):
     return torch.empty_like(x)
@@ -263,3 +280,22 @@ def _(qkv, prefix, mask, heads, scale, dropout_p, seed, save):
 @torch.library.register_fake("fastadapt::attention_backward", lib=library)
 def _(dout, qkv, prefix, mask, lse, heads, scale, dropout_p, seed):
     return torch.empty_like(qkv), _grad(qkv, *prefix.shape) if prefix is not None else _grad(qkv, 0)
+
+
+# -- the CUDA C++ kernels' ops -----------------------------------------------------------------------------------
+
+# The same schemas under a name of their own: a dispatch key holds one kernel an op, and Triton's holds these ops' CUDA
+# key. So both backends are nodes of a compiled graph, and dispatch.py picks between them before there is one.
+CUDA_OPS = ("bottleneck_forward", "add_norm_forward", "remerge_")
+cuda_library = torch.library.Library("fastadapt_cuda", "DEF")
+
+
+def _define_for_cuda(name: str) -> None:
+    op = getattr(torch.ops.fastadapt, name).default
+    cuda_library.define(str(op._schema).removeprefix("fastadapt::"))
+    if name != "remerge_":  # never part of a graph
+        torch.library.register_fake(f"fastadapt_cuda::{name}", op, lib=cuda_library)
+
+
+for _name in CUDA_OPS:
+    _define_for_cuda(_name)

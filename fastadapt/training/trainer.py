@@ -23,7 +23,7 @@ from fastadapt.routing import refusal
 from fastadapt.training import checkpoints, metrics
 from fastadapt.training.batches import Collator, Example, TaskBatches
 from fastadapt.training.task import Task
-from fastadapt.training.watch import LogBeforeSave
+from fastadapt.training.watch import Schedule
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TaskTrainer(Trainer):
         super().__init__(
             model, args, data_collator=collator, train_dataset=rows,
             eval_dataset=[row for unit in units for row in unit.dev], compute_metrics=self._scores,
-            callbacks=[LogBeforeSave(), *callbacks],
+            callbacks=[Schedule(), *callbacks],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         # BERT's own loss is a mean over rows, whatever its signature in this version of transformers says.

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from fastadapt.backends.triton import bottleneck, launch, linear, lora, merge, norm
+from fastadapt.backends.triton import bottleneck, bottleneck_rows, launch, linear, lora, merge, mix, norm
 from fastadapt.backends.triton.numeric import INTERPRETED
 from fastadapt.ops.schemas import library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_NORM = 8192
 _WIDEST_BOTTLENECK = 512
+_WIDEST_MIX = 4096
 
 
 def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
@@ -25,12 +26,13 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return "PyTorch's own scaled_dot_product_attention serves attention on a GPU"
     if op == "drop":
         return "PyTorch's own dropout serves on a GPU where nothing is fused with it"
-    if op.startswith("bottleneck_rows"):
-        return "no Triton kernel has bottlenecks that differ from row to row"
     if dtype not in _DTYPES:
         return f"no Triton kernels in {str(dtype).removeprefix('torch.')}; there are in float32, bfloat16 and float16"
     if facts.get("bottleneck", 0) > _WIDEST_BOTTLENECK:
         return f"bottleneck {facts['bottleneck']} is wider than {_WIDEST_BOTTLENECK}, the widest that a tile holds"
+    if op.startswith("mix") and facts.get("adapters", 0) * facts.get("bottleneck", 0) > _WIDEST_MIX:
+        given = f"{facts['adapters']} adapters of {facts['bottleneck']}"
+        return f"{given} are more than {_WIDEST_MIX} neurons, the most that a program holds"
     if op.startswith("add_norm") and facts.get("hidden", 0) > _WIDEST_NORM:
         return f"hidden {facts['hidden']} is wider than {_WIDEST_NORM}, the widest row that a program holds"
     if device_type == "cpu" and not INTERPRETED.value:
@@ -54,10 +56,14 @@ def _served(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 bottleneck_forward = _served("bottleneck_forward", bottleneck.forward)
 bottleneck_backward = _served("bottleneck_backward", bottleneck.backward)
+bottleneck_rows_forward = _served("bottleneck_rows_forward", bottleneck_rows.forward)
+bottleneck_rows_backward = _served("bottleneck_rows_backward", bottleneck_rows.backward)
 add_norm_forward = _served("add_norm_forward", norm.forward)
 add_norm_backward = _served("add_norm_backward", norm.backward)
 linear_forward = _served("linear_forward", linear.forward)
 linear_backward = _served("linear_backward", linear.backward)
 lora_forward = _served("lora_forward", lora.forward)
 lora_backward = _served("lora_backward", lora.backward)
+mix_forward = _served("mix_forward", mix.forward)
+mix_backward = _served("mix_backward", mix.backward)
 remerge_ = _served("remerge_", merge.remerge_)

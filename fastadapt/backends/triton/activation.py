@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastadapt.ops.activations import ACTIVATIONS
+
 
 @triton.jit
 def _tanh(x):
@@ -69,3 +71,50 @@ def derivative(x, NAME: tl.constexpr):
     else:
         tl.static_assert(NAME == "none")
         return tl.full(x.shape, 1.0, tl.float32)
+
+
+def code_of(name: str) -> int:
+    """The number by which a kernel knows an activation where its rows differ in it."""
+    return ACTIVATIONS.index(name)
+
+
+@triton.jit
+def activate_one(x, code, AMONG: tl.constexpr):
+    """σ(x) of the activation numbered ``code``, one of those whose bits are set in AMONG."""
+    out = x
+    if AMONG & 2:
+        out = tl.where(code == 1, activate(x, "relu"), out)
+    if AMONG & 4:
+        out = tl.where(code == 2, activate(x, "gelu"), out)
+    if AMONG & 8:
+        out = tl.where(code == 3, activate(x, "gelu_new"), out)
+    if AMONG & 16:
+        out = tl.where(code == 4, activate(x, "silu"), out)
+    if AMONG & 32:
+        out = tl.where(code == 5, activate(x, "tanh"), out)
+    if AMONG & 64:
+        out = tl.where(code == 6, activate(x, "sigmoid"), out)
+    if AMONG & 128:
+        out = tl.where(code == 7, activate(x, "leaky_relu"), out)
+    return out
+
+
+@triton.jit
+def derivative_one(x, code, AMONG: tl.constexpr):
+    """σ'(x) of the activation numbered ``code``."""
+    out = tl.full(x.shape, 1.0, tl.float32)
+    if AMONG & 2:
+        out = tl.where(code == 1, derivative(x, "relu"), out)
+    if AMONG & 4:
+        out = tl.where(code == 2, derivative(x, "gelu"), out)
+    if AMONG & 8:
+        out = tl.where(code == 3, derivative(x, "gelu_new"), out)
+    if AMONG & 16:
+        out = tl.where(code == 4, derivative(x, "silu"), out)
+    if AMONG & 32:
+        out = tl.where(code == 5, derivative(x, "tanh"), out)
+    if AMONG & 64:
+        out = tl.where(code == 6, derivative(x, "sigmoid"), out)
+    if AMONG & 128:
+        out = tl.where(code == 7, derivative(x, "leaky_relu"), out)
+    return out

@@ -26,7 +26,7 @@ from fastadapt.backends.triton.partial import ordered_sum
 
 
 @triton.jit
-def _columns(start, H: tl.constexpr, COLS: tl.constexpr):
+def columns_of(start, H: tl.constexpr, COLS: tl.constexpr):
     """Columns of a block of H, and which of them exist."""
     col = start + tl.arange(0, COLS)
     return col, (tl.full((COLS,), True, tl.int1) if H % COLS == 0 else col < H)
@@ -49,7 +49,7 @@ def forward_kernel(
 
     z = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, H, COLS):
-        col, col_inside = _columns(start, H, COLS)
+        col, col_inside = columns_of(start, H, COLS)
         tile = tl.load(x + row[:, None] * H + col[None, :], mask=row_inside & col_inside[None, :], other=0.0)
         w = tl.load(w_down + neuron[None, :] * H + col[:, None], mask=exists[None, :] & col_inside[:, None], other=0.0)
         z = dot(tile, rounded(w, dtype), z, PRECISION)
@@ -65,7 +65,7 @@ def forward_kernel(
     mean = tl.zeros((ROWS,), tl.float32)  # of s - shift, of the columns so far
     squares = tl.zeros((ROWS,), tl.float32)  # Σ (s - shift - mean)²
     for start in range(0, H, COLS):
-        col, col_inside = _columns(start, H, COLS)
+        col, col_inside = columns_of(start, H, COLS)
         at = row[:, None] * H + col[None, :]
         inside = row_inside & col_inside[None, :]
         w = tl.load(w_up + col[None, :] * B + neuron[:, None], mask=exists[:, None] & col_inside[None, :], other=0.0)
@@ -100,7 +100,7 @@ def forward_kernel(
         rstd = 1.0 / tl.sqrt_rn(squares / H + eps)
         tl.debug_barrier()  # the rows' sums were written by every thread of this program
         for start in range(0, H, COLS):
-            col, col_inside = _columns(start, H, COLS)
+            col, col_inside = columns_of(start, H, COLS)
             at = row[:, None] * H + col[None, :]
             inside = row_inside & col_inside[None, :]
             s = tl.load(s_out + at, mask=inside, other=0.0).to(tl.float32)
@@ -169,7 +169,7 @@ def rows_kernel(
         total = tl.zeros((ROWS,), tl.float32)  # Σ d
         moment = tl.zeros((ROWS,), tl.float32)  # Σ d (s - shift - mean), with the mean of the columns so far
         for start in range(0, H, COLS):
-            col, col_inside = _columns(start, H, COLS)
+            col, col_inside = columns_of(start, H, COLS)
             at = row[:, None] * H + col[None, :]
             inside = row_inside & col_inside[None, :]
             v = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
@@ -195,7 +195,7 @@ def rows_kernel(
 
     da = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, H, COLS):
-        col, col_inside = _columns(start, H, COLS)
+        col, col_inside = columns_of(start, H, COLS)
         at = row[:, None] * H + col[None, :]
         inside = row_inside & col_inside[None, :]
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
@@ -234,7 +234,7 @@ def rows_kernel(
             if NORM and SKIP:
                 tl.debug_barrier()  # ds was written by every thread of this program
             for start in range(0, H, COLS):
-                col, col_inside = _columns(start, H, COLS)
+                col, col_inside = columns_of(start, H, COLS)
                 at = row[:, None] * H + col[None, :]
                 inside = row_inside & col_inside[None, :]
                 w = tl.load(
@@ -258,7 +258,7 @@ def weights_kernel(
     start = tl.program_id(0) * COLS
     first_neuron = tl.program_id(1) * WIDTH
     split = tl.program_id(2).to(tl.int64)
-    col, col_inside = _columns(start, H, COLS)
+    col, col_inside = columns_of(start, H, COLS)
     neuron = first_neuron + tl.arange(0, WIDTH)
     exists = neuron < B
 

@@ -63,6 +63,19 @@ def keep(seed, row, column, blocks_a_row, least, ROWS: tl.constexpr, COLS: tl.co
 
 
 @triton.jit
+def keep_elements(seed, row, column, blocks_a_row, least):
+    """As :func:`keep` for elements that need not be blocks of 64: ``row`` (int64) and ``column`` broadcast."""
+    counter = (row * blocks_a_row + column // 64) * 16 + column % 16
+    low = counter.to(tl.uint32)
+    high = (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    word = column % 64 // 16 + tl.zeros(counter.shape, tl.int32)
+    drawn = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    return drawn > tl.full(counter.shape, least, tl.int32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def drop(x, seed, row, column, blocks_a_row, least, factor, ROWS: tl.constexpr, COLS: tl.constexpr):
     """x [ROWS, COLS] with its mask applied; a select, so that a dropped infinity leaves no NaN."""
     return tl.where(keep(seed, row, column, blocks_a_row, least, ROWS, COLS), x * factor, 0.0)

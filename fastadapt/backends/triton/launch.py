@@ -1,15 +1,22 @@
-"""Launch choices: frozen dataclasses, and one named heuristic a kernel. Nothing here is measured at run time."""
+"""Launch choices: frozen dataclasses, and one named heuristic a kernel. Nothing here is measured at run time.
+
+Heuristics that are :func:`tunable` give way to what ``fastadapt tune`` wrote for the device at hand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from fastadapt.backends.triton import tuned
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Architecture:
     shared_bytes: int  # that one program may take
     processors: int
     asynchronous: bool  # matrix instructions read shared memory while the next stage is on its way into it
+    device: str = ""  # its name, where there is a table of tuned launches for it
 
 
 SM_80 = Architecture("sm_80", 163 * 1024, 108, False)
@@ -31,12 +39,15 @@ _MOST_REGISTERS = 255
 INTERPRETER = Architecture("interpreter", 1 << 30, 2, False)
 
 
+TUNED: dict[str, tuned.Table] = tuned.read(tuned.path())
+
+
 @lru_cache
 def _of_index(index: int | None) -> Architecture:
     major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) == (8, 0):
-        return SM_80
-    return SM_86 if major == 8 else SM_90 if major in (9, 10) else SM_86
+    family = SM_80 if (major, minor) == (8, 0) else SM_90 if major in (9, 10) else SM_86
+    name = torch.cuda.get_device_name(index)
+    return replace(family, device=name) if name in TUNED else family
 
 
 def architecture(x: Tensor) -> Architecture:
@@ -60,6 +71,37 @@ def on_device_of_first(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(first, *arguments)
 
     return launched
+
+
+_forced: dict[str, Any] = {}  # heuristic -> the tile that it gives while one is measured
+
+
+def tunable(heuristic: Callable[..., Any]) -> Callable[..., Any]:
+    """A heuristic whose tile a table of tuned launches may replace; no field of such a tile follows from others."""
+    name, names = heuristic.__name__, list(inspect.signature(heuristic).parameters)[1:]
+
+    @wraps(heuristic)
+    def chosen(arch: Architecture, *args: Any, **kwargs: Any) -> Any:
+        if name in _forced:
+            return _forced[name]
+        tile = heuristic(arch, *args, **kwargs)
+        if not arch.device:
+            return tile
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        found = TUNED[arch.device].get(name, {}).get(tuned.key(arguments))
+        return tile if found is None else tuned.tile(type(tile), found, tile)
+
+    return chosen
+
+
+@contextmanager
+def forcing(name: str, tile: Any) -> Iterator[None]:
+    """Let a heuristic give ``tile`` while the context lasts."""
+    _forced[name] = tile
+    try:
+        yield
+    finally:
+        del _forced[name]
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -93,6 +135,7 @@ class RowTile:
     registers: int | None = None
 
 
+@tunable
 def bottleneck_rows(
     arch: Architecture, rows: int, bottleneck: int, bytes_: int, weight_bytes: int, *, backward: bool
 ) -> RowTile:
@@ -213,6 +256,7 @@ class MatrixTile:
     stages: int
 
 
+@tunable
 def linear_product(arch: Architecture, rows: int, features: int, bytes_: int, weight_bytes: int) -> MatrixTile:
     """Large tiles where they fill the processors, smaller ones below."""
     if arch is INTERPRETER:
@@ -251,6 +295,7 @@ def lora_fuses(arch: Architecture, rank: int, bytes_: int) -> bool:
     return power_of_two(rank) <= 32 and (arch is INTERPRETER or bytes_ == 2)
 
 
+@tunable
 def lora_product(
     arch: Architecture, rows: int, batch_rows: int, features: int, rank: int, bytes_: int, weight_bytes: int, *,
     fused: bool, drops: bool,
@@ -272,6 +317,7 @@ def lora_product(
     return LowRankTile(height, tile, depth, width, 8, 8 if large else 4, stages, _MOST_REGISTERS if drops else None)
 
 
+@tunable
 def lora_low(
     arch: Architecture, rows: int, batch_rows: int, rank: int, bytes_: int, weight_bytes: int, drops: bool
 ) -> LowRankTile:
@@ -324,6 +370,71 @@ def lora_weights(
     chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
     splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
     return LowRankWeightTile(step, cols, width, warps, stages, chunk, chunks_a_row, chunks_a_split, splits)
+
+
+# -- bottlenecks that differ from row to row -----------------------------------------------------------------------
+
+
+def bottleneck_routed(
+    arch: Architecture, rows: int, batch_rows: int, bottleneck: int, bytes_: int, weight_bytes: int, *, backward: bool
+) -> RowTile:
+    """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross."""
+    tile = bottleneck_rows(arch, rows * batch_rows, bottleneck, bytes_, weight_bytes, backward=backward)
+    return replace(tile, rows=min(tile.rows, power_of_two(rows)))
+
+
+@dataclass(frozen=True)
+class RoutedWeightTile:
+    """As :class:`WeightTile` for one slot's adapter; a split is some chunks of rows, ``rows`` a step."""
+
+    rows: int
+    cols: int
+    bottleneck: int
+    warps: int
+    stages: int
+    chunk: int  # rows of a chunk, which lies within a batch row
+    chunks_a_row: int
+    chunks_a_split: int
+    splits: int
+
+
+def routed_weights(
+    arch: Architecture, rows: int, batch_rows: int, hidden: int, slots: int, bottleneck: int, bytes_: int
+) -> RoutedWeightTile:
+    """Tile of the weight gradients of all slots' adapters; splits fill the processors twice, and no more."""
+    tile = bottleneck_weights(arch, rows * batch_rows, hidden, bottleneck, bytes_)
+    programs = triton.cdiv(hidden, tile.cols) * triton.cdiv(bottleneck, tile.bottleneck) * slots
+    wanted = triton.cdiv(2 * arch.processors, programs)
+    chunks_a_row = max(1, min(triton.cdiv(wanted, batch_rows), triton.cdiv(rows, tile.rows)))
+    chunk = triton.cdiv(triton.cdiv(rows, chunks_a_row), tile.rows) * tile.rows
+    chunks_a_row = triton.cdiv(rows, chunk)
+    chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
+    splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
+    return RoutedWeightTile(tile.rows, tile.cols, tile.bottleneck, tile.warps, tile.stages, chunk, chunks_a_row,
+                            chunks_a_split, splits)  # fmt: skip
+
+
+# -- mixing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MixTile:
+    """A program holds ``rows`` rows of ``adapters`` by ``width`` elements."""
+
+    rows: int
+    adapters: int
+    width: int
+    warps: int
+
+
+def mix_rows(arch: Architecture, rows: int, adapters: int, bottleneck: int, *, backward: bool) -> MixTile:
+    """Sixteen elements a thread of each of two tiles, or in backward eight of each of three."""
+    count, width = triton.next_power_of_2(adapters), triton.next_power_of_2(bottleneck)
+    if arch is INTERPRETER:
+        return MixTile(64, count, width, 1)
+    elements = count * width
+    warps = 4 if elements <= 2048 else 8
+    return MixTile(max(1, warps * 32 * (8 if backward else 16) // elements), count, width, warps)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _flat(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _rows_of_tile(tile, slot_of, length, tiles_a_row, slots, ROWS: tl.constexpr, ROUTED: tl.constexpr):
+def rows_of_tile(tile, slot_of, length, tiles_a_row, slots, ROWS: tl.constexpr, ROUTED: tl.constexpr):
     """(rows of a tile, which of them exist, their slot); a tile does not cross into the next batch row."""
     if ROUTED:
         within = (tile % tiles_a_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -177,7 +177,7 @@ def fused_kernel(
     Forward: source x, weight W [N, K], inner A [R, K], outer B [N, R]. Backward: dz, W [K, N], B [K, R], A [R, N].
     """
     tile, column = _tile_of_program(row_tiles, first_column, N, COLS, GROUP)
-    row, row_inside, slot = _rows_of_tile(tile, source, rows, row_tiles, 1, ROWS, False)
+    row, row_inside, slot = rows_of_tile(tile, source, rows, row_tiles, 1, ROWS, False)
     n = (column + tl.arange(0, COLS) - first_column).to(tl.int64)
     n_inside = (n >= 0) & (n < N)
     r = tl.arange(0, RANK)
@@ -220,7 +220,7 @@ def low_kernel(
 ):  # fmt: skip
     """s = scale drop(x) Aᵀ or t = scale dz B, one LoRA and RANK of its ranks a program."""
     dtype = low.dtype.element_ty
-    row, row_inside, slot = _rows_of_tile(tl.program_id(0), slot_of, length, tiles_a_row, slots, ROWS, ROUTED)
+    row, row_inside, slot = rows_of_tile(tl.program_id(0), slot_of, length, tiles_a_row, slots, ROWS, ROUTED)
     number = tl.load(spans + slot * WEIGHTS) + tl.program_id(1) // RANK_BLOCKS
     if number < tl.load(spans + (slot + 1) * WEIGHTS):
         entry = entries + number * _FIELDS
@@ -262,7 +262,7 @@ def product_kernel(
 ):  # fmt: skip
     """[x | s] [W | B]ᵀ with the LoRAs of one weight, or [dz | t] [W; A] with those of all (source dz, W [K, N])."""
     tile, column = _tile_of_program(row_tiles, first_column, N, COLS, GROUP)
-    row, row_inside, slot = _rows_of_tile(tile, slot_of, length, tiles_a_row, slots, ROWS, ROUTED)
+    row, row_inside, slot = rows_of_tile(tile, slot_of, length, tiles_a_row, slots, ROWS, ROUTED)
     n = (column + tl.arange(0, COLS) - first_column).to(tl.int64)
     n_inside = (n >= 0) & (n < N)
 

@@ -19,6 +19,8 @@ _FILES: dict[str, str] = {
     "fusion": "fusion",
     "bitfit": "bitfit",
     "layernorm": "bitfit",
+    "head": "bitfit",
+    "masked": "masked",
 }
 METHODS: tuple[str, ...] = tuple(_FILES)
 

@@ -34,6 +34,7 @@ class Method:
         has_rank: whether ``--rank`` is its size.
         merges: whether it can be merged into the base's weights, and so has a merged form that is measured as well.
         trains: what it trains, in a few words.
+        judged_batch: rows, at least, of the check of gradients, where so few numbers are judged that chance would.
         inference_peers, training_peers: what it is compared with where ``--peers`` does not say.
     """
 
@@ -42,6 +43,7 @@ class Method:
     standard: ClassVar[dict[str, Any]] = {}
     has_rank = False
     merges = False
+    judged_batch = 1
     inference_peers: tuple[str, ...] = ("adapterhub", "compile", "adapterhub-compile")
     training_peers: tuple[str, ...] = ("adapterhub",)
 

@@ -1,4 +1,4 @@
-"""BitFit: every bias of the encoder and its head; and LayerNorm-only tuning, whose weights train too."""
+"""BitFit: every bias of the encoder and its head; LayerNorm-only tuning, whose weights train too; the head alone."""
 
 from __future__ import annotations
 
@@ -66,4 +66,22 @@ class LayerNorm(Own):
         return fa.LayerNormConfig()
 
 
-METHODS = {"bitfit": BitFit(), "layernorm": LayerNorm()}
+class Head(Own):
+    name, trains = "head", "the head alone"
+    judged_batch = 32
+
+    def own(self, model: nn.Module) -> Tensors:
+        head = getattr(model, "classifier", None)
+        return {} if head is None else {f"head.{name}": p for name, p in head.named_parameters()}
+
+    def config(self, case: Case) -> Any:
+        return fa.HeadConfig()
+
+    def adapt(self, model: nn.Module, name: str, case: Case) -> Tensors:
+        if hasattr(model, "classifier"):
+            return super().adapt(model, name, case)
+        fa.accelerate(model)  # the bare encoder has no head, and runs as it does under one
+        return {}
+
+
+METHODS = {"bitfit": BitFit(), "layernorm": LayerNorm(), "head": Head()}

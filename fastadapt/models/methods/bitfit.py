@@ -9,6 +9,7 @@ from fastadapt.models.methods.bottleneck import norm_site
 from fastadapt.models.wiring import Wiring
 from fastadapt.modules.active import Part
 from fastadapt.modules.bias import Bias
+from fastadapt.modules.state import base_modules
 
 
 def biases(config: BitFitConfig, wiring: Wiring, base: nn.Module) -> dict[str, Part]:
@@ -31,7 +32,7 @@ def biases(config: BitFitConfig, wiring: Wiring, base: nn.Module) -> dict[str, P
     paths = {term: [path] for term, path in everywhere.items()}
     for term, path in in_a_layer.items():
         paths[term] = [f"{wiring.layers}.{i}.{path}" for i in range(len(wiring.layers_of(base)))]
-    modules = dict(base.named_modules())
+    modules = dict(base_modules(base))
 
     def bias_at(path: str) -> nn.Parameter | None:
         return getattr(modules.get(path), "bias", None)
