@@ -506,7 +506,7 @@ def test_double_backward_raises_clearly(runner):
     with runner.running():
         y = fa.ops.lora_linear(t["x"], t["w1"], None, t["a0"], t["m0"])
         (grad,) = torch.autograd.grad(y.square().sum(), t["a0"], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|trying to differentiate twice"):
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
             grad.sum().backward()
 
 
