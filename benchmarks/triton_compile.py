@@ -149,7 +149,7 @@ def _linear(case: Case, forward: bool) -> None:
 
 
 def _bottleneck_rows(case: Case, forward: bool) -> None:
-    """As many slots as the last without an adapter, each of the others with one of this width."""
+    """SLOTS slots, the last without an adapter, the others with one of this width each."""
 
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")

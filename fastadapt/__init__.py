@@ -13,6 +13,7 @@ from fastadapt.adapt import (
     remove,
     restore,
     save,
+    skip_padding,
     unload,
 )
 from fastadapt.capturing import capture
@@ -75,6 +76,7 @@ __all__ = [
     "restore",
     "route",
     "save",
+    "skip_padding",
     "swap",
     "unload",
     "unmerge",

@@ -478,6 +478,34 @@ def refresh(model: Model) -> Model:
     return model
 
 
+def skip_padding(model: Model, skip: bool = True) -> Model:
+    """Leave padding out of the layers also where its hidden states are outputs: they are zeros then.
+
+    Where a head reads the first position alone (sequence classification), padding is left out without asking, because
+    nobody sees the difference. A bare encoder, a token classifier or a language model gives what the layers make of
+    padding, as the stock model does, until this is called.
+
+    Args:
+        model: with fused sublayers, after ``accelerate``, ``adapt`` or ``load``.
+        skip: False takes it back.
+
+    Raises:
+        ValueError: for a model without fused sublayers, and one for question answering, whose head reads all positions.
+    """
+    from fastadapt.modules.unpad import FusedEncoder
+
+    if not isinstance(skip, bool):
+        raise TypeError(f"skip: got {skip!r}; accepted are True and False")
+    wiring = wiring_of(model)
+    encoder = wiring.base_of(model).get_submodule(wiring.encoder)
+    if not isinstance(encoder, FusedEncoder):
+        raise ValueError("model: has no fused sublayers; accepted is one after accelerate, adapt or load")
+    if skip and encoder.head == "all":
+        raise ValueError(f"model: the head of {type(model).__name__} reads padding too; accepted is another model")
+    encoder.__dict__["skips_padding"] = skip
+    return model
+
+
 # -- shared by the verbs -----------------------------------------------------------------------------------------
 
 

@@ -35,8 +35,8 @@ def capture(
 
     The result is called with the tensors of ``example``, of any batch and length up to the largest bucket. It copies
     them into the smallest bucket's buffers, pads ids with the padding id and the mask with zeros, replays the bucket's
-    graph, and gives a copy of the model's output without the padding. A bucket is captured at its first use, after a few
-    forwards to warm up.
+    graph, and gives a copy of the model's output without the padding. A bucket is captured at its first use, after a
+    few forwards to warm up.
 
     What changes afterwards is followed: another active adaptation, merge, swap, ``route`` and what its ``assign``
     writes, ``.to``, a load, an optimizer step. Whatever a graph holds that is not read anew at a replay is compared at
@@ -136,8 +136,8 @@ class Captured:
     def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = set(self._dtypes)
         if set(inputs) | {"attention_mask"} != wanted:
-            raise ValueError(f"inputs: got {', '.join(sorted(inputs)) or 'none'}; accepted are {', '.join(sorted(wanted))}, "
-                             "of which attention_mask may be left out")  # fmt: skip
+            names, accepted = ", ".join(sorted(inputs)) or "none", ", ".join(sorted(wanted))
+            raise ValueError(f"inputs: got {names}; accepted are {accepted}, of which attention_mask may be left out")
         ids = inputs["input_ids"]
         if not isinstance(ids, Tensor) or ids.dim() != 2 + len(self._choices) or ids.shape[1:-1] != self._choices:
             shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
@@ -152,9 +152,8 @@ class Captured:
     def _size(self, batch: int, length: int) -> tuple[int, int]:
         """The bucket's batch and length."""
         if batch > self.batches[-1] or length > self.lengths[-1]:
-            raise ValueError(
-                f"inputs: got {batch} rows of {length} tokens; accepted are up to {self.batches[-1]} of {self.lengths[-1]}"
-            )
+            most = f"{self.batches[-1]} of {self.lengths[-1]}"
+            raise ValueError(f"inputs: got {batch} rows of {length} tokens; accepted are up to {most}")
         # A routed batch has as many rows as names, and a gate is a mean over all positions, padding with them.
         rows = batch if self._table() is not None else self.batches[bisect_left(self.batches, batch)]
         if any(getattr(site, "gate", None) is not None for site in self._sites()):
@@ -189,7 +188,8 @@ class Captured:
 
         if int(transformers.__version__.split(".")[0]) >= 5 or mask.dim() != 2:
             return mask
-        return mask[:, None, :].expand(-1, mask.shape[1], -1)  # transformers 4 asks of a mask [B, S] whether it is all 1
+        # transformers 4 asks of a mask [B, S] whether it is all ones.
+        return mask[:, None, :].expand(-1, mask.shape[1], -1)
 
     def _fill_in(self, buffers: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         """Copy the call's tensors into a bucket's, and padding beside them."""
@@ -200,7 +200,7 @@ class Captured:
             if not whole:
                 buffer.fill_(self._fill.get(name, 0))
             if name == "attention_mask" and batch < buffer.shape[0]:
-                buffer[batch:, ..., 0] = 1  # rows that nobody asked for attend to something, so that nothing there is NaN
+                buffer[batch:, ..., 0] = 1  # rows that nobody asked for attend to something: no NaN there
             part = buffer[:batch, ..., :length]
             if name in given:
                 part.copy_(given[name], non_blocking=True)

@@ -174,8 +174,7 @@ def route(
     Where ``names[i]`` is a tuple, text i has each of these tasks: the outputs (and the labels, where some are given)
     are a row a task, text by text, and the layers below the lowest one that any of the tasks adapts run once for all of
     them (Rücklé et al. 2021, arXiv:2010.11918, section 4). ``AdapterDrop``, ``leave_out`` and ``skip_layers`` make that
-    trunk; LayerNorms and biases of the embeddings leave none. Hidden states of the trunk, where they are asked for, have
-    a row a text.
+    trunk; LayerNorms and biases of the embeddings leave none. Hidden states of the trunk have a row a text.
 
     In training, each named adaptation that was added for training gets the gradients of its rows. ``backward`` belongs
     inside the context: leaving it gives every parameter its ``requires_grad`` back, and a checkpointed layer is

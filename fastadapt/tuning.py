@@ -1,7 +1,7 @@
 """``fastadapt tune``: measure launches of the Triton kernels on the GPU at hand, and keep the fastest in a table.
 
-Nothing else in the library measures a launch, so that no capture and no first call ever waits for one. Only kernels that
-leave their inputs alone are run: merging is not tuned.
+Nothing else in the library measures a launch, so that no capture and no first call ever waits for one. Only kernels
+that leave their inputs alone are run: merging is not tuned.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def tune(
 
 
 def _does_not_fit(error: Exception) -> bool:
-    """Whether a launch was refused for what it needs: shared memory, registers, or a form the compiler has no code for."""
+    """Whether a launch was refused for what it needs: shared memory, registers, or code that there is none for."""
     return type(error).__name__ in ("OutOfResources", "CompilationError", "PassManagerError", "PTXASError")
 
 
@@ -149,7 +149,8 @@ def jobs(
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     x, residual, g = new(rows, hidden), new(rows, hidden), new(rows, hidden)
-    down, b_down, up, b_up = new(bottleneck, hidden) * hidden**-0.5, new(bottleneck), new(hidden, bottleneck), new(hidden)
+    down, b_down = new(bottleneck, hidden) * hidden**-0.5, new(bottleneck)
+    up, b_up = new(hidden, bottleneck), new(hidden)
     norm, w, bias = new(hidden), new(hidden, hidden) * hidden**-0.5, new(hidden)
     a, b = new(rank, hidden) * hidden**-0.5, new(hidden, rank)
 

@@ -228,7 +228,7 @@ def test_bad_input_is_named():
         ("inputs: got 3 rows", inputs(model, 3, 16)),
         ("inputs: got 2 rows of 17", inputs(model, 2, 17)),
         ("inputs: got attention_mask", {"attention_mask": good["attention_mask"]}),
-        ("inputs: got input_ids, token_type_ids", {"input_ids": good["input_ids"], "token_type_ids": good["input_ids"]}),
+        ("inputs: got input_ids, position_ids", {key: good["input_ids"] for key in ("input_ids", "position_ids")}),
         ("input_ids: got", {"input_ids": torch.ones(2, 2, 2).long()}),
         ("attention_mask: accepted", {**good, "attention_mask": torch.ones(2, 3)}),
         ("at least one token", {"input_ids": torch.ones(0, 4).long()}),

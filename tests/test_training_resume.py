@@ -185,6 +185,13 @@ def test_early_stopping_stops_and_keeps_the_best(room, tmp_path):
     assert stage["scores"]["mood"]["step"] <= stage["steps"]
 
 
+def test_the_last_step_is_evaluated(room, tmp_path):
+    output = tmp_path / "mood"
+    assert main([*command(room, output), "--eval-steps", "1000"]) == 0
+    stage = json.loads((output / "report.json").read_text())["stages"][0]
+    assert [step for step, _ in stage["dev"]["mood"]] == [STEPS]
+
+
 @pytest.mark.parametrize("more", [("--epochs", "1"), ("--epochs", "40", "--lr", "1e-9", "--patience", "2")])
 def test_a_run_stopped_between_its_last_step_and_its_result_is_not_trained_on(room, tmp_path, monkeypatch, more):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -213,7 +220,8 @@ def test_another_runs_folder_is_refused(room, tmp_path, capsys):
     changed = tasks.write_mood(tmp_path, "changed", 40, 9)
     argv = command(room, output, "--resume")
     argv[argv.index("--train") + 1] = str(changed)
-    assert "another run" in refused(capsys, argv)
+    line = refused(capsys, argv)
+    assert "another run" in line and "tasks mood train" in line
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "notes.txt").write_text("mine")

@@ -36,7 +36,8 @@ def test_a_table_is_read_as_it_was_written_and_joins_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", '{"format": 2, "devices": {}}', '{"format": 1}', '{"format": 1, "devices": {"A": 3}}',
-     '{"format": 1, "devices": {"A": {"h": {"k": {"rows": "x"}}}}}', '{"format": 1, "devices": {"A": {"h": {"k": {"rows": 0}}}}}'],
+     '{"format": 1, "devices": {"A": {"h": {"k": {"rows": "x"}}}}}',
+     '{"format": 1, "devices": {"A": {"h": {"k": {"rows": 0}}}}}'],
 )  # fmt: skip
 def test_a_broken_table_is_named(tmp_path, text):
     file = tmp_path / "tuned.json"
@@ -91,18 +92,18 @@ def test_candidates_have_no_more_rows_than_there_are():
     assert {tile.rows for tile in found} == {16, 32}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     pass
 
 
-Refused.__name__ = "OutOfResources"
+RefusedError.__name__ = "OutOfResources"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 @pytest.mark.parametrize("number", range(5))
 def test_the_fastest_right_launch_is_chosen(number, monkeypatch):
-    """In the interpreter, with times that are made up: who wins, who is left out, and that the kernel really runs so."""
-    name, heuristic, run = list(tuning.jobs(20, 32, 8, 24, torch.float32, "cpu"))[number]
+    """In the interpreter, with times that are made up: who wins, and who is left out."""
+    name, heuristic, run = list(tuning.jobs(20, 32, 8, 40, torch.float32, "cpu"))[number]
     with fa.backend("reference"):
         exact = run(torch.float64).detach()
     seen = []
@@ -116,13 +117,13 @@ def test_the_fastest_right_launch_is_chosen(number, monkeypatch):
     def once():
         tile = launch._forced.get(heuristic)
         if tile is not None and tile.warps == 8 and tile.stages == 4:
-            raise Refused("shared memory")
+            raise RefusedError("shared memory")
         y = run(torch.float32).detach()
         return y + 1 if tile is not None and tile.warps == 8 and tile.stages == 3 else y
 
     with fa.backend("triton"):
         found = tuning.tune(heuristic, 20, once, exact, measure=measure)
-    assert found.heuristic == heuristic and found.key.startswith(("b", "d", "f")), name
+    assert found.heuristic == heuristic and "rows=32" in found.key, name
     assert (found.chosen.rows, found.chosen.warps, found.chosen.stages) == (16, 8, 2)
     assert found.tried == len(seen) and not any(t.warps == 8 and t.stages >= 3 for t in seen)
     assert not launch._forced and found.chosen_us == 0.0 and found.default_us > found.chosen_us
@@ -143,7 +144,8 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     command = [sys.executable, "-m", "fastadapt", "tune", "--out", str(tmp_path / "t.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "fastadapt: error: tune: measures kernels on an NVIDIA GPU, and this torch can use none here\n"
+    said = "tune: measures kernels on an NVIDIA GPU, and this torch can use none here"
+    assert done.stderr == f"fastadapt: error: {said}\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from transformers import RobertaForSequenceClassification
 
 import fastadapt as fa
 from fastadapt.modules import unpad
@@ -80,7 +82,7 @@ def test_logits_are_those_of_the_padded_batch(model_class, method, packed):
 
 
 def test_hidden_states_of_padding_are_zeros_and_the_others_those_of_the_padded_batch(packed):
-    model = fa.accelerate(make(BertModel, max_position_embeddings=64))
+    model = fa.skip_padding(fa.accelerate(make(BertModel, max_position_embeddings=64)))
     inputs = padded(model)
     inputs["attention_mask"][0, 7:11] = 0  # a hole
     real = inputs["attention_mask"].bool()
@@ -99,7 +101,7 @@ def test_hidden_states_of_padding_are_zeros_and_the_others_those_of_the_padded_b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_is_that_of_the_padded_path(dtype, packed):
     """Against float64, at most twice what the padded path is off by."""
-    model = adapted(BertForTokenClassification, "houlsby")
+    model = fa.skip_padding(adapted(BertForTokenClassification, "houlsby"))
     inputs = padded(model)
     real = inputs["attention_mask"].bool()
     exact = with_padding(copy.deepcopy(model).double(), **inputs).logits[real]
@@ -121,7 +123,8 @@ def test_gradients_are_those_of_the_padded_batch(method, packed):
     want = torch.autograd.grad(model(**inputs, output_hidden_states=True).loss, parameters)
     assert len(packed) == 1
     for name, a, b in zip(names, ours, want, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5 + 1e-4 * float(b.abs().max()), rtol=1e-3, msg=lambda m, n=name: n + m)
+        slack = 1e-5 + 1e-4 * float(b.abs().max())
+        torch.testing.assert_close(a, b, atol=slack, rtol=1e-3, msg=lambda m, n=name: n + m)
 
 
 def test_routed_rows_keep_their_adapters_and_heads(packed):
@@ -201,6 +204,53 @@ def test_padding_stays_where_something_would_notice(packed):
     assert "a gate is a mean over all positions" in explained(gated)
 
 
+@pytest.mark.parametrize("model_class", [BertModel, BertForTokenClassification])
+def test_where_hidden_states_of_padding_are_outputs_they_stay_the_stock_models(model_class, packed):
+    stock = make(model_class, max_position_embeddings=64)
+    inputs = padded(stock)
+    with torch.no_grad():
+        want = stock(**inputs)[0]
+        model = fa.accelerate(copy.deepcopy(stock))
+        torch.testing.assert_close(model(**inputs)[0], want, **CLOSE)
+        assert not packed and "fa.skip_padding makes them zeros" in explained(model)
+        assert not stays(fa.skip_padding(model), packed, **inputs)
+        packed.clear()
+        assert stays(fa.skip_padding(model, False), packed, **inputs)
+
+
+def test_the_base_of_a_classifier_called_by_itself_keeps_padding(packed):
+    model = fa.accelerate(make(max_position_embeddings=64))
+    inputs = padded(model)
+    assert not stays(model, packed, **inputs)
+    packed.clear()
+    assert stays(model.bert, packed, **inputs)
+
+
+def test_a_head_that_may_read_all_positions_is_given_them(packed):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(32, 3)
+
+        def forward(self, features):
+            return self.out(features.mean(1))
+
+    model = make(RobertaForSequenceClassification, max_position_embeddings=64)
+    fa.adapt(model, METHODS["houlsby"], "a", head=Mean())
+    inputs = padded(model.eval())
+    assert stays(model, packed, **inputs)
+    assert not stays(fa.activate(model, None), packed, **inputs)
+
+
+def test_skip_padding_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="has no fused sublayers"):
+        fa.skip_padding(make())
+    with pytest.raises(ValueError, match="reads padding too"):
+        fa.skip_padding(fa.accelerate(make(BertForQuestionAnswering)))
+    with pytest.raises(TypeError, match="skip: got 1"):
+        fa.skip_padding(fa.accelerate(make()), 1)
+
+
 def test_few_tokens_or_little_padding_are_left_alone(packed, monkeypatch):
     model = fa.accelerate(make(max_position_embeddings=64))
     assert stays(model, packed, **padded(model, (40, 40, 39, 38)))
@@ -216,11 +266,12 @@ def test_restored_models_have_no_trace_of_it():
         stock = model(**inputs).logits
     fa.accelerate(model)
     fa.accelerate(model)
-    assert len(model.bert._forward_pre_hooks) == 1
+    assert len(model.bert._forward_pre_hooks) == len(model._forward_pre_hooks) == 1
     with torch.no_grad():
         clone = copy.deepcopy(model)
         torch.testing.assert_close(clone(**inputs).logits, model(**inputs).logits)
     fa.restore(model)
-    assert not model.bert._forward_pre_hooks and model.bert.encoder.__dict__.keys() == before
+    assert not model.bert._forward_pre_hooks and not model._forward_pre_hooks
+    assert model.bert.encoder.__dict__.keys() == before
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, stock)

@@ -96,14 +96,22 @@ struct Tiles {
   struct Session {};
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
-    static constexpr auto table = tiles_of<Operand<T>::pairs, kNV>(std::make_integer_sequence<int, FA_ROWS>{});
-    table[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
+    columns<kNV>(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
   // Of the 32 columns the first 16 only.
   static void run_half(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                        bool accumulate) {
-    static constexpr auto table = tiles_of<Operand<T>::pairs, kHalf>(std::make_integer_sequence<int, FA_ROWS>{});
-    table[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
+    columns<kHalf>(rows, a, b, ldb, kw, c, ldc, accumulate);
+  }
+
+ private:
+  // Two vectors of columns at a time: FA_ROWS times as many sums fill the registers, and more would spill.
+  template <int NV>
+  static void columns(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                      bool accumulate) {
+    constexpr int step = NV < 2 ? NV : 2;
+    static constexpr auto table = tiles_of<Operand<T>::pairs, step>(std::make_integer_sequence<int, FA_ROWS>{});
+    for (int v = 0; v < NV; v += step) table[rows - 1](a, b + v * W, ldb, kw, c + v * W, ldc, accumulate);
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3

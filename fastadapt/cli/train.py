@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastadapt.cli.arguments import check_device, positive, probability, targets_of
 from fastadapt.errors import UserError
+from fastadapt.training.data import FORMATS, Source
+from fastadapt.training.recipe import RECIPES, Size, parse_field
 
 if TYPE_CHECKING:
-    from fastadapt.training.data import Source
     from fastadapt.training.options import Options
 
-METHODS = ("houlsby", "pfeiffer", "parallel", "lora", "bitfit", "prefix", "mam", "masked", "adapterdrop", "fusion",
-           "layernorm", "head", "full")  # fmt: skip
-FORMATS = ("tsv", "csv", "jsonl")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -55,8 +53,6 @@ def _seed(text: str) -> int:
 
 
 def _field(text: str) -> tuple[str, Any]:
-    from fastadapt.training.recipe import parse_field
-
     try:
         return parse_field(text)
     except (TypeError, ValueError) as error:
@@ -113,7 +109,7 @@ def _train_parser(commands: Any) -> None:
     files.add_argument("--max-length", type=positive, metavar="N", help="cut texts at N tokens (longer are refused)")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="houlsby", metavar="NAME", help=", ".join(METHODS))
+    method.add_argument("--method", choices=tuple(RECIPES), default="houlsby", metavar="NAME", help=", ".join(RECIPES))
     method.add_argument("--bottleneck", type=positive, metavar="B", help="adapter width (the method's: houlsby 64)")
     method.add_argument("--rank", type=positive, metavar="R", help="of a LoRA, with alpha = R (8)")
     method.add_argument("--targets", type=targets_of, metavar="T", help="of a LoRA: all, or some (query,value)")
@@ -212,7 +208,6 @@ def _sweep(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     from fastadapt.training import predict
-    from fastadapt.training.data import Source
 
     _machine(args)
     output = None if args.output is None else Path(args.output)
@@ -243,7 +238,6 @@ def _machine(args: argparse.Namespace) -> None:
 def _options(args: argparse.Namespace) -> Options:
     """What ``args`` ask for, with the tasks' own settings told apart."""
     from fastadapt.training.options import Files, Options
-    from fastadapt.training.recipe import Size
     from fastadapt.training.task import KINDS, METRICS
 
     output = Path(args.output)
@@ -280,7 +274,6 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _source(path: str, how: tuple[Any, ...]) -> Source:
-    from fastadapt.training.data import Source
 
     return Source(Path(path), *how)
 

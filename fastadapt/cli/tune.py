@@ -16,9 +16,9 @@ def add_parser(commands: Any) -> None:
         "tune",
         help="measure launches of the Triton kernels on this GPU, and keep the fastest",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Tries launches of the adapter, linear and LoRA kernels at every shape that is asked for, leaves out\n"
-        "those whose output is off, and writes the fastest into a table that the Triton backend reads when it is\n"
-        "loaded. Nothing is measured unless this command runs.",
+        description="Tries launches of the adapter, linear and LoRA kernels at every shape that is asked for, leaves\n"
+        "out those whose output is off, and writes the fastest into a table that the Triton backend reads when it\n"
+        "is loaded. Nothing is measured unless this command runs.",
         epilog="""examples:
   fastadapt tune
   fastadapt tune --hidden 1024 --bottleneck 48 64 --rank 8 --dtype bf16

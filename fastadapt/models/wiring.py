@@ -14,10 +14,12 @@ from operator import attrgetter
 from torch import nn
 from transformers import activations
 
+from fastadapt.modules.heads import HeadSlot
 from fastadapt.modules.linear import FusedLinear
+from fastadapt.modules.routed import RoutedHead
 from fastadapt.modules.state import CONTAINER
 from fastadapt.modules.sublayers import FusedOutput, name_activation
-from fastadapt.modules.unpad import FusedEncoder, NoteMask
+from fastadapt.modules.unpad import FusedEncoder, HeadReadsFirst, NoteMask
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -30,7 +32,8 @@ for _kind, _name in (
 ):
     name_activation(_kind, _name)
 
-_READ_PADDING = ("qa_outputs",)  # heads whose softmax is over all positions
+_READ_ALL = ("qa_outputs",)  # heads whose softmax is over all positions
+_READ_FIRST = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")  # ends of class names
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,13 @@ class Wiring:
             encoder.__dict__["attentions"] = [attrgetter(self.attention)(layer) for layer in layers]
             others = (self.attention_output, self.intermediate, self.output)
             encoder.__dict__["others"] = [attrgetter(path)(layer) for layer in layers for path in others]
-            encoder.__dict__["head_reads_padding"] = any(
-                slot in m._modules for m in model.modules() for slot in _READ_PADDING
-            )
-            if not any(isinstance(hook, NoteMask) for hook in base._forward_pre_hooks.values()):
-                base.register_forward_pre_hook(NoteMask(encoder), with_kwargs=True)
+            head = next((m for m in model.modules() if base in m._modules.values()), None)
+            if head is not None and head._modules.keys() & set(_READ_ALL):
+                encoder.__dict__["head"] = "all"
+            elif head is not None and type(head).__name__.endswith(_READ_FIRST) and not _is_users(head):
+                encoder.__dict__["head"] = "first"
+                _register_once(head, HeadReadsFirst(encoder, reads_first))
+            _register_once(base, NoteMask(encoder))
 
     def open_slots(self, model: nn.Module) -> None:
         for module in self.slots_of(model).values():
@@ -174,9 +179,10 @@ class Wiring:
     def restore(self, model: nn.Module) -> None:
         """Give every module of the model its original class and forget what ran in it."""
         for module in model.modules():
-            for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, NoteMask)]:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, NoteMask | HeadReadsFirst):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
             original = self.original.get(type(module))
             if original is None:
                 continue
@@ -190,7 +196,9 @@ class Wiring:
                 "attentions",
                 "others",
                 "noted",
-                "head_reads_padding",
+                "head",
+                "skips_padding",
+                "given",
                 "_views",
                 "_mixes",
                 "_merged",
@@ -224,6 +232,30 @@ class Wiring:
             for name, m in (() if model is base else model.named_children())
             if id(m) not in known and name != CONTAINER and any(True for _ in m.parameters())
         ]
+
+
+def _is_users(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] not in ("transformers", "fastadapt")
+
+
+def reads_first(model: nn.Module) -> bool:
+    """Whether the heads that run in a sequence classifier read position 0 alone, as the model's own do."""
+    summary = model._modules.get("sequence_summary")
+    if summary is not None and getattr(model.config, "summary_type", "first") != "first":
+        return False
+    for slot in model._modules.values():
+        if not isinstance(slot, HeadSlot) or isinstance(slot, nn.Linear):  # a linear head is given the position itself
+            continue
+        active = slot.active_head
+        heads = active.heads if isinstance(active, RoutedHead) else [active]
+        if any(_is_users(slot if head is None else head) for head in heads):
+            return False
+    return True
+
+
+def _register_once(module: nn.Module, hook: NoteMask | HeadReadsFirst) -> None:
+    if not any(isinstance(other, type(hook)) for other in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _foreign(module: nn.Module) -> bool:

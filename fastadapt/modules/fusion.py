@@ -106,7 +106,8 @@ class Fusion(Part):
         if self.config.mix != "attention":
             return [norm, ("bottleneck", {"hidden": hidden, "bottleneck": stacked})]
         mixed = ("mix", {"adapters": self.count, "bottleneck": self.width})
-        return [norm, *[("linear", {"features": hidden})] * 2, mixed, ("linear", {"features": stacked + self.count}), norm]
+        products = [("linear", {"features": hidden})] * 2
+        return [norm, *products, mixed, ("linear", {"features": stacked + self.count}), norm]
 
     @property
     def has_loss(self) -> bool:

@@ -51,6 +51,8 @@ class MaskedSite(Site):
     def up_weight(self) -> Tensor:
         """W_up, its columns of neurons that the fixed mask leaves out zero."""
         up = self.up.weight
+        if torch.compiler.is_compiling():  # compiled code does not look at the mask's values
+            return up * self.neurons
         if self._folded_all.get([self.neurons], lambda: bool(self.neurons.all())):
             return up
         if torch.is_grad_enabled() and up.requires_grad:

@@ -166,7 +166,8 @@ class Routed:
             else:
                 slots.append(site.slot(closing.weight, bias, skip=skip))
         rows = self.table.of_batch()
-        drawn = [(i, live) for i, site in enumerate(sites) if site is not None and (live := site.rows()) is not None]
+        chosen = [None if site is None else site.rows() for site in sites]
+        drawn = [(i, live) for i, live in enumerate(chosen) if live is not None]
         if drawn:  # the rows that AdapterDrop leaves without their adapter have a slot of the base's own
             slots.append(ops.Slot(norm.weight, norm.bias, skip=skip))
             for i, live in drawn:

@@ -7,7 +7,7 @@ attention runs over each sequence by its length (ByteTransformer, Zhai et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,8 @@ class Packed:
         firsts = torch.cumsum(lengths, 0) - lengths
         place = starts[row] + torch.arange(row.numel()) - firsts[row]
         groups, start = [], 0
-        for length, count in zip(*(v.tolist() for v in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
+        distinct, counts = torch.unique_consecutive(lengths, return_counts=True)
+        for length, count in zip(distinct.tolist(), counts.tolist(), strict=True):
             each = -(-length // piece) * piece
             groups.append(Group(start, count, each, length))
             start += count * each
@@ -151,15 +152,18 @@ class Packed:
 
 
 class FusedEncoder(FusedSublayer):
-    """The stack of layers, which removes the padding where that pays and nothing in it would notice.
+    """The stack of layers, which removes the padding where that pays and nobody would notice.
 
-    Padding counts where a mask [B, S] of the base's was given. Hidden states of padding are then zeros at the exit.
+    Padding counts where a mask [B, S] of the base's was given. Hidden states of padding are then zeros at the exit, so
+    that happens where a head reads position 0 alone, or where the caller has asked for it (``skip_padding``).
     """
 
     attentions: Sequence[nn.Module] = ()  # of all layers
     others: Sequence[nn.Module] = ()  # what else of the layers may be fused
     noted: Tensor | None = None  # the mask of the running forward
-    head_reads_padding: bool = False
+    head: str = "caller"  # who reads the hidden states: "first" position alone, "all", or the caller
+    skips_padding: bool = False  # the caller wants zeros where padding is
+    given: Tensor | None = None  # the mask that a model whose head reads the first position alone was given
     keeps_padding: bool = False  # while a graph is captured, whose shapes are fixed
 
     def refusal(self) -> str | None:
@@ -186,8 +190,10 @@ class FusedEncoder(FusedSublayer):
                     return "a gate is a mean over all positions"
                 if site.rows() is not None:
                     return "rows of the batch go without their adapters"
-        if self.head_reads_padding:
+        if self.head == "all":
             return "the model's head reads it"
+        if self.head == "caller" and not self.skips_padding:
+            return "hidden states of padding are outputs (fa.skip_padding makes them zeros)"
         if getattr(self.config, "chunk_size_feed_forward", 0):
             return "the feed-forward network runs in chunks"
         if any(_is_hooked(layer) for layer in self.layer):
@@ -245,22 +251,47 @@ def _set(value: Any) -> bool:
     return value is not None and value is not False and value is not True
 
 
+def _mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask if isinstance(mask, Tensor) else None
+
+
+class HeadReadsFirst:
+    """Before the forward of a model whose head reads position 0 alone: nobody sees what the base makes of padding.
+
+    Args:
+        encoder: of the model.
+        holds: whether the heads that run now are such.
+    """
+
+    def __init__(self, encoder: FusedEncoder, holds: Callable[[nn.Module], bool]) -> None:
+        self.encoder, self.holds = encoder, holds
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.encoder.__dict__["given"] = _mask_of(args, kwargs) if self.holds(model) else None
+
+
 class NoteMask:
-    """Before the base's forward: tell the encoder which positions are padding."""
+    """Before the base's forward: tell the encoder which positions are padding, where nobody will see what is there."""
 
     def __init__(self, encoder: FusedEncoder) -> None:
         self.encoder = encoder
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling() or self.encoder.keeps_padding:
+        encoder = self.encoder
+        if torch.compiler.is_compiling() or encoder.keeps_padding:
             return
-        self.encoder.__dict__.pop("noted", None)
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        encoder.__dict__.pop("noted", None)
+        given, mask = encoder.__dict__.pop("given", None), _mask_of(args, kwargs)
+        if mask is None or mask.dim() != 2 or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        # A model of several choices gives the base another view of its mask.
+        unseen = given is not None and given.data_ptr() == mask.data_ptr() and given.numel() == mask.numel()
         config = base.config
         asked = any(
             kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
-        capturing = isinstance(mask, Tensor) and mask.is_cuda and torch.cuda.is_current_stream_capturing()
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not asked and not capturing:
-            self.encoder.__dict__["noted"] = mask
+        if (unseen or encoder.skips_padding) and not asked:
+            encoder.__dict__["noted"] = mask

@@ -145,7 +145,12 @@ def _check(n: int, slot: Slot, hidden: int, residual: bool, device: torch.device
 
 
 def _facts(hidden: int, w_down: Sequence[Tensor | None]) -> dict[str, int]:
-    return {"hidden": hidden, "bottleneck": max((w.shape[0] for w in w_down if w is not None), default=0)}
+    return {"hidden": hidden, "bottleneck": _widest(w_down)}
+
+
+def _widest(w_down: Sequence[Tensor | None]) -> int:
+    """The largest b; 0 without an adapter."""
+    return max([0, *[w.shape[0] for w in w_down if w is not None]])
 
 
 def _columns(parameters: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
@@ -230,9 +235,8 @@ def bottleneck_rows_forward(x, residual, rows, w_down, b_down, w_up, b_up, scale
     Every slot is computed for all rows and chosen from, because which rows a slot has is not known on the host.
     """
     slot_of = _rows_of(rows, x.shape[0])
-    widest = max((w.shape[0] for w in w_down if w is not None), default=0)
     y = torch.zeros_like(x)
-    z, s = (x.new_zeros(x.shape[0], widest), torch.zeros_like(x)) if save else (x.new_empty(0), x.new_empty(0))
+    z, s = (x.new_zeros(x.shape[0], _widest(w_down)), torch.zeros_like(x)) if save else (x.new_empty(0), x.new_empty(0))
     for i, down in enumerate(w_down):
         read, other = (residual, x) if swaps[i] else (x, residual)
         mine = slot_of == i

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastadapt import dispatch
 from fastadapt.ops import checks
 from fastadapt.ops.dropout import dropout, resolve_seed
+from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -91,7 +91,9 @@ def _parts(t: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return t[:, :-count].unflatten(1, (count, -1)), t[:, -count:]
 
 
-def _weights(sigma: Tensor, g: Tensor, c: Tensor, shift: Tensor | None, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _weights(
+    sigma: Tensor, g: Tensor, c: Tensor, shift: Tensor | None, dropout_p: float, seed: Tensor | None
+) -> Tensor:
     scores = (g * sigma).sum(-1) + c
     if shift is not None:
         scores = scores + shift.to(scores.dtype)[:, None]
@@ -103,10 +105,7 @@ def mix_forward(sigma, t, shift, count, dropout_p, seed):
     g, c = _parts(t, count)
     wide = sigma.to(g.dtype).unflatten(1, (count, -1))  # once: products of two dtypes take longer than the cast
     p = _weights(wide, g, c, shift, dropout_p, seed)
-    m = torch.empty(t.shape, dtype=g.dtype, device=t.device)
-    m[:, -count:] = p
-    torch.mul(wide, p[..., None], out=m[:, :-count].unflatten(1, (count, -1)))
-    return m.to(t.dtype)
+    return torch.cat([(wide * p[..., None]).flatten(1).to(t.dtype), p.to(t.dtype)], 1)
 
 
 def mix_backward(dm, sigma, t, shift, count, dropout_p, seed):

@@ -53,6 +53,7 @@ class Options:
         patience: evaluations without a better score after which training stops.
         dtype: ``auto`` takes bf16 autocast where the processor has it.
         device: ``auto``, ``cpu`` or ``cuda``.
+        adapter_lr: of the adapters that ``fusion`` trains first.
         tensorboard: write its logs.
         resume: go on where an earlier call stopped.
     """
@@ -79,6 +80,7 @@ class Options:
     patience: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    adapter_lr: float | None = None
     tensorboard: bool = False
     resume: bool = False
 
@@ -89,6 +91,7 @@ class Options:
         return replace(
             self,
             lr=recipe_.lr if self.lr is None else self.lr,
+            adapter_lr=self.adapter_lr or self.lr or RECIPES["pfeiffer"].lr,
             epochs=recipe_.epochs if self.epochs is None else self.epochs,
             device=device,
             dtype=_fast_dtype(device) if self.dtype == "auto" else self.dtype,
@@ -150,7 +153,7 @@ def identity_of(options: Options, base_checksum: str) -> dict[str, Any]:
             "kind": files.kind,
             "metric": files.metric,
         }
-    kept = ("method", "one_by_one", "seeds", "epochs", "lr", "head_lr", "weight_decay", "warmup", "batch",
+    kept = ("method", "one_by_one", "seeds", "epochs", "lr", "adapter_lr", "head_lr", "weight_decay", "warmup", "batch",
             "accumulate", "clip", "max_length", "rows", "eval_steps", "patience", "dtype", "device")  # fmt: skip
     settings = {name: getattr(options, name) for name in kept}
     size = {k: str(v) for k, v in asdict(options.size).items()}
@@ -177,13 +180,19 @@ def enter(options: Options, identity: dict[str, Any]) -> str:
         if not options.resume:
             raise UserError(f"--output: {options.output} holds a run; --resume goes on with it, another folder is new")
         before = checkpoints.read_json(path)
-        differs = sorted(k for k in {*before, *identity} if before.get(k) != identity.get(k))
-        if differs:
-            what = differs[0]
-            was, now = (json.dumps(d.get(what))[:60] for d in (before, identity))
-            raise UserError(f"--resume: {options.output} is another run's: its {what} was {was}, and is {now} now")
+        was, now = (dict(_leaves(content)) for content in (before, identity))
+        for what in sorted({*was, *now}):
+            if was.get(what) != now.get(what):
+                given = f"was {was.get(what, 'none')!r}, and is {now.get(what, 'none')!r} now"
+                raise UserError(f"--resume: {options.output} is another run's: its {what} {given}")
     elif options.output.is_dir() and any(options.output.iterdir()):
         raise UserError(f"--output: {options.output} has files of something else; accepted is a new or empty folder")
     else:
         checkpoints.write_json(path, identity)
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(content: Any, path: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(content, dict):
+        return [(path, content)]
+    return [leaf for key, value in content.items() for leaf in _leaves(value, f"{path} {key}".strip())]

@@ -126,12 +126,13 @@ def sizes(report: dict[str, Any]) -> str:
 def text(report: dict[str, Any], plot: bool) -> str:
     """``report.md``."""
     r, env = report["recipe"], report["environment"]
+    adam = f"AdamW, weight decay {r['weight_decay']:g}" if r["weight_decay"] else "Adam"
     lines = [f"# {report['method']}: {', '.join(report['tasks'])}", ""]
     if plot:
         lines += [f"![loss and dev score]({PLOT})", ""]
     lines += ["```text", summary(report), "```", "", sizes(report) + ".", ""]
     lines += [
-        f"Base {report['model']}. Adam, learning rate {r['lr']:g} ({r['lr_source']})"
+        f"Base {report['model']}. {adam}, learning rate {r['lr']:g} ({r['lr_source']})"
         + ("" if r["head_lr"] is None else f", of the head {r['head_lr']:g}")
         + f", batch {r['batch']}"
         + (f" × {r['accumulate']}" if r["accumulate"] > 1 else "")

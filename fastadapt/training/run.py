@@ -79,30 +79,34 @@ class Stage:
     label: str
     members: tuple[tuple[str | None, int], ...]
     config: Any
+    lr: float
 
 
 def stages(options: Options, prepared: Sequence[Prepared], mixed: Sequence[str]) -> list[Stage]:
     """In their order; ``mixed`` are adapters that a fusion finds in the model already."""
     names = [item.task.name for item in prepared]
     if options.method == "full":
-        return [Stage(names[0], ((None, 0),), None)]
+        return [Stage(names[0], ((None, 0),), None, options.lr)]
     if options.method == "fusion":
         first: list[Stage] = []
         if not mixed:
             width = {} if options.size.bottleneck is None else {"bottleneck": options.size.bottleneck}
             adapter = fa.PfeifferConfig(**width)
-            first = _split(options, [(name, i) for i, name in enumerate(names)], adapter, "adapters")
+            first = _split(
+                options, [(name, i) for i, name in enumerate(names)], adapter, "adapters", options.adapter_lr
+            )
         fields = replace(options.size, bottleneck=None)
         config = recipe.fusion(tuple(mixed or names), fields)
-        return first + [Stage(f"{name}_fusion", ((f"{name}_fusion", i),), config) for i, name in enumerate(names)]
+        mixes = [(f"{name}_fusion", i) for i, name in enumerate(names)]
+        return first + [Stage(name, ((name, i),), config, options.lr) for name, i in mixes]
     config = recipe.configuration(options.method, options.size)
-    return _split(options, [(name, i) for i, name in enumerate(names)], config, "joint")
+    return _split(options, [(name, i) for i, name in enumerate(names)], config, "joint", options.lr)
 
 
-def _split(options: Options, members: list[tuple[str, int]], config: Any, label: str) -> list[Stage]:
+def _split(options: Options, members: list[tuple[str, int]], config: Any, label: str, lr: float) -> list[Stage]:
     if options.one_by_one or len(members) == 1:
-        return [Stage(name, ((name, i),), config) for name, i in members]
-    return [Stage(label, tuple(members), config)]
+        return [Stage(name, ((name, i),), config, lr) for name, i in members]
+    return [Stage(label, tuple(members), config, lr)]
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -201,7 +205,8 @@ class Run:
             for n, ((name, i), task) in enumerate(zip(stage.members, tasks, strict=True))
             for item in (self.prepared[i],)
         ]
-        result = fit(self.model, units, self.options, seed, mark, self.tokenizer, self.progress, stage.label)
+        options = replace(self.options, lr=stage.lr)
+        result = fit(self.model, units, options, seed, mark, self.tokenizer, self.progress, stage.label)
         result["notes"], result["checksums"] = [], {}
         for (name, _), task in zip(stage.members, tasks, strict=True):
             saved = folder.Saved(

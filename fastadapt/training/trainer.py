@@ -23,7 +23,7 @@ from fastadapt.routing import refusal
 from fastadapt.training import checkpoints, metrics
 from fastadapt.training.batches import Collator, Example, TaskBatches
 from fastadapt.training.task import Task
-from fastadapt.training.watch import LogBeforeSave
+from fastadapt.training.watch import Schedule
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TaskTrainer(Trainer):
         super().__init__(
             model, args, data_collator=collator, train_dataset=rows,
             eval_dataset=[row for unit in units for row in unit.dev], compute_metrics=self._scores,
-            callbacks=[LogBeforeSave(), *callbacks],
+            callbacks=[Schedule(), *callbacks],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         # BERT's own loss is a mean over rows, whatever its signature in this version of transformers says.
@@ -220,6 +220,8 @@ class TaskTrainer(Trainer):
     # -- checkpoints: what trains, the best so far, optimizer, schedule, random numbers; never the frozen base ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return  # transformers calls this in every process
         now = {k: t for unit in self.units for k, t in checkpoints.trained_state(self.model, unit.name).items()}
         scores = {"scores": self.best.scores, "stale": self.best.stale}
         checkpoints.write_weights(Path(output_dir or self.args.output_dir), now, self.best.tensors, scores)

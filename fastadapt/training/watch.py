@@ -12,14 +12,18 @@ from fastadapt.bench.report import Progress
 from fastadapt.errors import UserError
 
 
-class LogBeforeSave(TrainerCallback):
-    """Logs wherever a checkpoint is written, so that no step's loss is between two logs when a run is resumed."""
+class Schedule(TrainerCallback):
+    """Evaluates after the last step too, logs wherever a checkpoint is written (so that no step's loss is between two
+    logs when a run is resumed), and stops at a loss that is no number."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_log = control.should_log or control.should_save or control.should_evaluate
         return control
-
-    on_epoch_end = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)

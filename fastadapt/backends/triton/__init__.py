@@ -31,7 +31,8 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
     if facts.get("bottleneck", 0) > _WIDEST_BOTTLENECK:
         return f"bottleneck {facts['bottleneck']} is wider than {_WIDEST_BOTTLENECK}, the widest that a tile holds"
     if op.startswith("mix") and facts.get("adapters", 0) * facts.get("bottleneck", 0) > _WIDEST_MIX:
-        return f"{facts['adapters']} adapters of {facts['bottleneck']} are more than {_WIDEST_MIX} neurons, the most that a program holds"
+        given = f"{facts['adapters']} adapters of {facts['bottleneck']}"
+        return f"{given} are more than {_WIDEST_MIX} neurons, the most that a program holds"
     if op.startswith("add_norm") and facts.get("hidden", 0) > _WIDEST_NORM:
         return f"hidden {facts['hidden']} is wider than {_WIDEST_NORM}, the widest row that a program holds"
     if device_type == "cpu" and not INTERPRETED.value:

@@ -9,10 +9,10 @@
 with the parameters of the row's slot; r is x and q the residual, or the other way round where the slot swaps them. A
 slot without an adapter has o = 0.
 
-As in :mod:`fastadapt.backends.triton.lora` a tile lies within one batch row and reads its slot from ``rows`` itself, the
-host never looks at it, what the slots are is a table that is made once for each such set, and their parameters are
-stacked by one copy of the matrices and one of the vectors in every call, so that a replayed graph follows them. The
-walks over H are those of :mod:`fastadapt.backends.triton.bottleneck`.
+As in :mod:`fastadapt.backends.triton.lora` a tile lies within one batch row and reads its slot from ``rows`` itself;
+the host never looks at it. What the slots are is a table, made once for each such set. Their parameters are stacked by
+one copy of the matrices and one of the vectors in every call, so that a replayed graph follows them. The walks over H
+are those of :mod:`fastadapt.backends.triton.bottleneck`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ def _table(
         least, factor = least_and_factor(dropout_p[i])
         down_bias, narrow = (narrow, narrow + b) if biased[i][0] else (-1, narrow)
         code = code_of(activations[i]) if b else -1
-        entries.append([b, matrix, matrix + b * hidden, down_bias, *wide[i], *norm[i], int(swaps[i]), int(skips[i]), code,
-                        int(factor != 1.0), least, partial, int(wanted[i] and b > 0)])  # fmt: skip
+        entries.append([
+            b, matrix, matrix + b * hidden, down_bias, *wide[i], *norm[i], int(swaps[i]), int(skips[i]), code,
+            int(factor != 1.0), least, partial, int(wanted[i] and b > 0),
+        ])  # fmt: skip
         factors.append([scales[i], factor])
         matrix += 2 * b * hidden
         partial += 2 * b * hidden + b + hidden if wanted[i] and b else 0
@@ -470,7 +472,9 @@ def backward(
     wanted = [need and b > 0 for need, b in zip(need_dweights, widths, strict=True)]
     dx = torch.empty_like(dy) if need_dx else dy.new_empty(0)
     dresidual = torch.empty_like(dy) if need_dresidual else dy.new_empty(0)
-    shapes = [[(b, hidden), (b,), (hidden, b), (hidden,)] if want else [] for b, want in zip(widths, wanted, strict=True)]
+    shapes = [
+        [(b, hidden), (b,), (hidden, b), (hidden,)] if want else [] for b, want in zip(widths, wanted, strict=True)
+    ]
     grads = [[dy.new_zeros(0, dtype=torch.float32) for _ in range(6)] for _ in w_down]
     if count == 0:
         for own, of_slot, norm in zip(grads, shapes, need_dnorm, strict=True):

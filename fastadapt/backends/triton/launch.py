@@ -77,7 +77,7 @@ _forced: dict[str, Any] = {}  # heuristic -> the tile that it gives while one is
 
 
 def tunable(heuristic: Callable[..., Any]) -> Callable[..., Any]:
-    """A heuristic whose tile a table of tuned launches may replace. Such a tile has no field that follows from others."""
+    """A heuristic whose tile a table of tuned launches may replace; no field of such a tile follows from others."""
     name, names = heuristic.__name__, list(inspect.signature(heuristic).parameters)[1:]
 
     @wraps(heuristic)

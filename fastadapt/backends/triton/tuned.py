@@ -37,7 +37,8 @@ def read(file: Path) -> dict[str, Table]:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read as a table of tuned launches: {error}") from None
-    if not isinstance(written, dict) or written.get("format") != _FORMAT or not isinstance(written.get("devices"), dict):
+    known = isinstance(written, dict) and written.get("format") == _FORMAT
+    if not known or not isinstance(written.get("devices"), dict):
         raise ValueError(f"{file}: is no table of tuned launches of format {_FORMAT}; `fastadapt tune` writes one")
     for name, table in written["devices"].items():
         if not isinstance(table, dict) or not all(_is_launches(launches) for launches in table.values()):
@@ -71,7 +72,8 @@ def write(file: Path, device: str, table: Table) -> None:
 
 def key(arguments: dict[str, Any]) -> str:
     """The shape that a launch is kept for; rows, of which there are many, by the power of two that holds them."""
-    return ",".join(f"{n}={_bucket(v) if n in ('rows', 'batch_rows') else int(v)}" for n, v in sorted(arguments.items()))
+    many = ("rows", "batch_rows")
+    return ",".join(f"{n}={_bucket(v) if n in many else int(v)}" for n, v in sorted(arguments.items()))
 
 
 def _bucket(rows: int) -> int:
