@@ -201,7 +201,7 @@ FACTOR = 2.0
 # eager, which is cheap, is drawn more often, so that the largest error of its smallest output is known. The mean
 # square of fewer than LEAST_FOR_RMS elements is noise: there the largest error alone is judged.
 ELEMENTS, MOST_DRAWS = 4096, 12
-MOST_INTERPRETED_DRAWS = 3  # an interpreted kernel takes seconds
+MOST_INTERPRETED_DRAWS = 2  # an interpreted kernel takes seconds
 EAGER_ELEMENTS, MOST_EAGER_DRAWS = 32768, 32
 LEAST_FOR_RMS = 64
 # A largest error is one rounding out of thousands, and some hundred outputs are judged: what is over its bound is drawn
