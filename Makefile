@@ -13,6 +13,9 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 PIP_FLAGS ?=
 TESTS ?= tests
+# A worker a core, each of one thread: much of the time is Triton's interpreter, which has no second one.
+PYTEST ?= -q -n auto --dist worksteal
+ONE_THREAD = OMP_NUM_THREADS=1
 
 TF4 = transformers==4.57.6 adapters==1.3.0
 TF5 = transformers>=5,<6
@@ -100,13 +103,13 @@ bench-training: .venv-bench/stamp-$(TORCH)
 # -- tests ----------------------------------------------------------------------------------------------------------
 
 test: .venv-test/stamp-$(TORCH)
-	.venv-test/bin/python -m pytest -q $(TESTS)
+	$(ONE_THREAD) .venv-test/bin/python -m pytest $(PYTEST) $(TESTS)
 
 test-tf4: .venv-test-tf4/stamp-$(TORCH)
-	.venv-test-tf4/bin/python -m pytest -q $(TESTS)
+	$(ONE_THREAD) .venv-test-tf4/bin/python -m pytest $(PYTEST) $(TESTS)
 
 cuda-compile: .venv-test/stamp-$(TORCH)
-	.venv-test/bin/python -m benchmarks.cuda_compile
+	.venv-test/bin/python -m benchmarks.cuda_compile --link
 
 triton-compile: .venv-test/stamp-$(TORCH)
 	.venv-test/bin/python -m benchmarks.triton_compile

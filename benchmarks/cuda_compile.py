@@ -2,6 +2,7 @@
 
     python -m benchmarks.cuda_compile             # compile all and hold them against the committed table
     python -m benchmarks.cuda_compile --update    # write the table
+    python -m benchmarks.cuda_compile --link      # also link them with the binding against this torch, and load that
 
 Registers, spills and stack are ptxas's own report; loads and arithmetic are counted in the machine code (SASS). Where
 no nvcc is found it says so and exits with 0. cuobjdump is taken from PATH, from beside nvcc, or from Triton.
@@ -162,6 +163,52 @@ def table(architectures: Iterable[int] = ARCHITECTURES, sources: Iterable[str] =
     return sorted(rows, key=lambda row: row.key)
 
 
+def linked() -> None:
+    """Build the whole extension as setup.py would with CUDA, against whatever torch is here, and load it without a GPU.
+
+    Raises ``RuntimeError`` with the compiler's or the loader's words.
+    """
+    from torch.utils import cpp_extension
+
+    cuda = Path(os.path.realpath(_real_nvcc())).parents[1]
+    library = next((p for p in (cuda / "lib64", cuda / "lib") if p.is_dir()), cuda / "lib64")
+    includes = [option for path in cpp_extension.include_paths() for option in ("-isystem", path)]
+    own = ["-I", str(ROOT / "csrc"), *FLAGS[1:], "-O1"]
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [str(Path(folder, f"{name}.o")) for name in (*SOURCES, "binding", "emulated")]
+        commands = [
+            [str(nvcc()), *own, "-gencode", "arch=compute_80,code=sm_80", "-Xcompiler", "-fPIC", "-c",
+             str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", target]
+            for source, target in zip(SOURCES, objects, strict=False)
+        ]  # fmt: skip
+        for name in ("binding", "emulated"):
+            source = str(ROOT / "csrc" / "cuda" / f"{name}.cpp")
+            commands.append(["c++", *own, *includes, "-fPIC", "-w", "-DFASTADAPT_CUDA", "-c", source, "-o",
+                             str(Path(folder, f"{name}.o"))])  # fmt: skip
+        target, paths = str(Path(folder, "kernels.so")), [*cpp_extension.library_paths(), str(library)]
+        commands.append(["c++", "-shared", "-o", target, *objects, "-Wl,--no-undefined",
+                         *(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths),
+                         "-ltorch", "-ltorch_cpu", "-lc10", "-lcudart"])  # fmt: skip
+        code = (
+            "import torch, fastadapt.ops.schemas\n"
+            f"torch.ops.load_library({target!r})\n"
+            "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+            "names = fastadapt.ops.schemas.CUDA_OPS\n"
+            "assert all(has(f'fastadapt_cuda::{name}', 'CUDA') for name in names), 'no kernel under the key CUDA'\n"
+        )
+        for command in [*commands, [sys.executable, "-c", code]]:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-4000:]}")
+
+
+def _real_nvcc() -> str:
+    """nvcc itself, where the one on PATH is a script that calls it."""
+    said = subprocess.run([str(nvcc()), "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    found = re.search(r"_HERE_=(\S+)", said)
+    return f"{found[1]}/nvcc" if found else str(nvcc())
+
+
 def read(path: Path = TABLE) -> tuple[str, list[Usage]]:
     """nvcc's version of the written table, and its rows."""
     written = json.loads(path.read_text())
@@ -191,6 +238,7 @@ def faults(rows: list[Usage]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write the table")
+    parser.add_argument("--link", action="store_true", help="also build the extension against this torch and load it")
     chosen = parser.parse_args(arguments)
     if nvcc() is None:
         print("cuda_compile: no nvcc here (PATH, CUDA_HOME), so the CUDA kernels were not compiled")
@@ -210,6 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(f"the table is of nvcc {version}, this is {nvcc_version()}: not compared")
     print("\n".join(wrong) or f"{len(rows)} kernels compiled")
+    if chosen.link:
+        linked()
+        print("linked with the binding against this torch, and loaded")
     return 1 if wrong else 0
 
 

@@ -136,7 +136,7 @@ def test_lora(runner, case):
         return without(pad, y)
 
     distinct = 1.0 / max(rows, 1) if case["layout"] == "expanded" else 1.0
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=distinct)
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=distinct, case=case)
 
 
 @every_kernel
@@ -168,7 +168,7 @@ def test_rows_with_loras_and_biases_of_their_own(runner, case):
         )  # fmt: skip
         return y[:batch]
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=count)
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=count, case=case)
 
 
 # -- the reference itself ----------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_double_backward_raises_clearly(runner):
     with runner.running():
         y = fa.ops.lora_linear(t["x"], t["w1"], None, t["a0"], t["m0"])
         (grad,) = torch.autograd.grad(y.square().sum(), t["a0"], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|trying to differentiate twice"):
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
             grad.sum().backward()
 
 

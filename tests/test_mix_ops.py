@@ -45,7 +45,7 @@ def test_against_float64(runner, case):
     def call(sigma, t, shift=None):
         return fa.ops.mix(sigma, t, count, shift=shift, dropout_p=case["p"], seed=7)
 
-    cases.check(runner, call, build, case["dtype"], case["dtype"], activations=("sigma", "t", "shift"))
+    cases.check(runner, call, build, case["dtype"], case["dtype"], activations=("sigma", "t", "shift"), case=case)
 
 
 def test_gradients_of_the_reference_are_those_of_finite_differences():

@@ -68,7 +68,9 @@ def test_bottleneck(runner, case):
         y = fa.ops.bottleneck(x, residual=residual, scale=scale, eps=eps, **parameters, **options)
         return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
+    cases.check(
+        runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case), case=case
+    )
 
 
 @every_kernel
@@ -92,7 +94,9 @@ def test_add_norm(runner, case):
         options = {"dropout_p": case["p"], "seed": 5, "eps": eps, "return_sum": case["return_sum"]}
         return without(pad, fa.ops.add_norm(x, residual, **parameters, **options))
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
+    cases.check(
+        runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case), case=case
+    )
 
 
 @every_kernel
@@ -118,7 +122,9 @@ def test_linear(runner, case):
         y = fa.ops.linear(x, frozen, listed, activation=case["activation"], dropout_p=case["p"], seed=3)
         return without(pad, y)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case))
+    cases.check(
+        runner, call, build, case["dtype"], _parameter_dtype(case), rows=rows, distinct=_distinct(case), case=case
+    )
 
 
 @every_kernel
@@ -145,7 +151,7 @@ def test_attention(runner, case):
         options = {"mask": None if mask is None else mask.to(qkv.device), "dropout_p": case["p"], "seed": 9}
         return fa.ops.attention(qkv, heads, prefix=prefix, **options)
 
-    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), activations=("qkv",))
+    cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), activations=("qkv",), case=case)
 
 
 @every_runner

@@ -88,7 +88,7 @@ def test_against_float64(runner, case):
         return fa.ops.bottleneck_rows(x, slots, rows, residual=residual, seed=11)
 
     parameter_dtype = torch.float32 if case["parameters"] == "float32" else case["dtype"]
-    cases.check(runner, call, build, case["dtype"], parameter_dtype)
+    cases.check(runner, call, build, case["dtype"], parameter_dtype, case=case)
 
 
 @every_runner

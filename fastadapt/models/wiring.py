@@ -164,7 +164,7 @@ class Wiring:
             encoder.__dict__["attentions"] = [attrgetter(self.attention)(layer) for layer in layers]
             others = (self.attention_output, self.intermediate, self.output)
             encoder.__dict__["others"] = [attrgetter(path)(layer) for layer in layers for path in others]
-            head = next((m for m in model.modules() if base in m._modules.values()), None)
+            head = None if model is base else next((m for m in model.modules() if base in m._modules.values()), None)
             if head is not None and head._modules.keys() & set(_READ_ALL):
                 encoder.__dict__["head"] = "all"
             elif head is not None and type(head).__name__.endswith(_READ_FIRST) and not _is_users(head):

@@ -162,7 +162,8 @@ class Sweep:
         best = not earlier or self.score(result) > max(earlier)
         label = self.item.task.name
         config = None if self.name is None else self.config(point)
-        result |= {"point": asdict(point), "parameters": counts(self.model, Stage(label, ((self.name, 0),), config))}
+        stage = Stage(label, ((self.name, 0),), config, point.lr)
+        result |= {"point": asdict(point), "parameters": counts(self.model, stage)}
         if best:
             of_base = (None, ()) if self.name is None else (self.base_checksum, self.extra)
             saved = folder.Saved(self.item.task, self.options.method, self.options.model, *of_base)
