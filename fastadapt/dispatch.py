@@ -54,6 +54,14 @@ def load(name: str) -> ModuleType | str:
     return _loaded[name]
 
 
+def prepare() -> None:
+    """Load what may be picked on this machine: code that is compiled at its first call cannot import."""
+    for device_type, names in PREFERENCE.items():
+        if device_type != "cuda" or torch.cuda.is_available():
+            for name in names:
+                load(name)
+
+
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str | None:
     """Why backend ``name`` can't serve this call; None where it can."""
     module = load(name)

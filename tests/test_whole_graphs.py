@@ -89,6 +89,18 @@ def test_compiles_without_a_break(method):
         torch.testing.assert_close(compiled(**inputs).logits, want, **CLOSE)
 
 
+def test_what_is_compiled_before_it_ever_ran_has_no_break():
+    code = (
+        "import torch, fastadapt as fa\n"
+        "from tests.tiny import batch, make\n"
+        "model = fa.adapt(make(num_hidden_layers=1), fa.HoulsbyConfig(bottleneck=8)).eval()\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(model, backend='eager', fullgraph=True)(**batch(model))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "model_class"),

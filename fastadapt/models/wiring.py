@@ -14,6 +14,7 @@ from operator import attrgetter
 from torch import nn
 from transformers import activations
 
+from fastadapt import dispatch
 from fastadapt.modules.heads import HeadSlot
 from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.routed import RoutedHead
@@ -152,6 +153,7 @@ class Wiring:
 
     def fuse(self, model: nn.Module, base: nn.Module) -> None:
         """Give every sublayer its fused class; what is of an unknown class stays as it is."""
+        dispatch.prepare()
         for _, module in self.sublayers(base):
             fused = self.fused.get(type(module))
             if fused is not None:
