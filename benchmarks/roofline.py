@@ -174,6 +174,11 @@ def predicted_cuda(case: FewCase, device: Device, table: dict[tuple, cuda_compil
     return seconds(device, "float32", what, resident)
 
 
+def _figure(time: float) -> float:
+    """Microseconds, four digits of them."""
+    return float(f"{1e6 * time:.4g}")
+
+
 def _together(launches: list[tuple[str, float, str]]) -> dict[str, tuple[float, str]]:
     """{kernel: (seconds of all its launches, what bounds the longest)}."""
     found: dict[str, tuple[float, str]] = {}
@@ -191,12 +196,12 @@ def whole() -> list[list[Any]]:
             continue
         each = [_together(predicted(replace(case, arch=device.arch), device, table)) for device in DEVICES]
         for kernel in each[0]:
-            told = [value for of in each for value in (round(1e6 * of[kernel][0], 2), of[kernel][1])]
+            told = [value for of in each for value in (_figure(of[kernel][0]), of[kernel][1])]
             rows.append(["triton", case.op, kernel, case.dtype, case.hidden, case.bottleneck, case.rows, *told])
     cuda = {row.key: row for row in cuda_compile.read()[1]}
     for few in few_cases():
         each = [predicted_cuda(few, device, cuda) for device in DEVICES]
-        told = [value for time, bound in each for value in (round(1e6 * time, 2), bound)]
+        told = [value for time, bound in each for value in (_figure(time), bound)]
         rows.append(["cuda", few.op, few.op, few.dtype, few.hidden, few.bottleneck, few.rows, *told])
     return rows
 
