@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 
 #include "cpu/capability.h"
@@ -64,17 +65,21 @@ class Floats {
   const float* data_ = nullptr;
 };
 
+// fn(i) for i in [0, tasks), whoever is free taking the next one: the cores of a shared machine aren't equally fast.
 void run_parallel(int64_t tasks, Task fn, void* context) {
   struct Call {
     Task fn;
     void* context;
-  } call{fn, context};
+    int64_t tasks;
+    std::atomic<int64_t> next;
+  } call{fn, context, tasks, {0}};
   if (tasks == 1) return fn(0, context);
   const auto error = torch_parallel_for(
-      0, tasks, 1,
+      0, std::min<int64_t>(tasks, at::get_num_threads()), 1,
       [](int64_t begin, int64_t end, void* c) {
-        const Call* call = static_cast<Call*>(c);
-        for (int64_t i = begin; i < end; ++i) call->fn(i, call->context);
+        Call& call = *static_cast<Call*>(c);
+        for (int64_t thread = begin; thread < end; ++thread)
+          for (int64_t i; (i = call.next.fetch_add(1, std::memory_order_relaxed)) < call.tasks;) call.fn(i, call.context);
       },
       &call);
   TORCH_CHECK(error == 0, "a parallel region of fastadapt failed");

@@ -64,11 +64,11 @@ FA_INLINE void transpose(U* v) {
   if constexpr (S > 1) transpose<S / 2>(v);
 }
 
-// n rows of d elements as transposed words [words_of(d)][ld], zeros up to ld; ld is a multiple of 32.
+// n rows of d elements as the columns of a packed matrix, zeros up to `columns`, a multiple of 32.
 template <class T, class Row>
-FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, uint32_t* out, Row&& row) {
+FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t columns, uint32_t* out, Row&& row) {
   const int64_t words = words_of<T>(d);
-  for (int64_t r0 = 0; r0 < ld; r0 += W) {
+  for (int64_t r0 = 0; r0 < columns; r0 += W) {
     const T* rows[W];
     for (int i = 0; i < W; ++i) rows[i] = r0 + i < n ? row(r0 + i) : zeros<T>;
     auto block = [&](auto whole, int64_t w) {
@@ -78,27 +78,28 @@ FA_INLINE void transposed_words(int64_t n, int64_t d, int64_t ld, uint32_t* out,
       transpose(v);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i)
-        if (whole.value || w + i < words) std::memcpy(out + (w + i) * ld + r0, &v[i], sizeof(U));
+        if (whole.value || w + i < words) std::memcpy(out + packed_at<T>(words, r0, w + i), &v[i], sizeof(U));
     };
     int64_t w = 0;
     for (; (w + W) * Operand<T>::per_word <= d; w += W) block(std::true_type{}, w);
     for (; w < words; w += W) block(std::false_type{}, w);
   }
 }
-// n rows of d elements as row words [words_of(n)][ld], zeros up to ld.
+// n rows of d elements into a packed matrix whose k, `count` words, runs over rows; from word w0 on, with zeros up to
+// `columns`, a multiple of 32.
 template <class T, class Row>
-FA_INLINE void row_words(int64_t n, int64_t d, int64_t ld, uint32_t* out, Row&& row) {
+FA_INLINE void row_words(int64_t n, int64_t d, int64_t columns, uint32_t* out, int64_t count, int64_t w0, Row&& row) {
   constexpr int per = Operand<T>::per_word;
   for (int64_t r = 0; r < words_of<T>(n); ++r) {
     const T* even = r * per < n ? row(r * per) : zeros<T>;
     const T* odd = r * per + 1 < n ? row(r * per + 1) : zeros<T>;
     auto vector = [&](auto whole, int64_t i) {
       const U words = words_across<T, whole.value>(even, odd, i, d);
-      std::memcpy(out + r * ld + i, &words, sizeof words);
+      std::memcpy(out + packed_at<T>(count, i, w0 + r), &words, sizeof words);
     };
     int64_t i = 0;
     for (; i + W <= d; i += W) vector(std::true_type{}, i);
-    for (; i < ld; i += W) vector(std::false_type{}, i);
+    for (; i < columns; i += W) vector(std::false_type{}, i);
   }
 }
 // n rows of d elements as the rows of an A block.
@@ -234,23 +235,22 @@ FA_INLINE float largest(F v) {
   return lanes[0];
 }
 
-// Rows of T (`row(r)`) by transposed words [words_of(d)][sp] into out [rows + 32][sp].
+// Rows of T (`row(r)`) by the sp columns of transposed words into out [rows + 32][sp].
 template <class T, class Row>
 FA_INLINE void scores(const ABlock& a, int64_t rows, int64_t d, const uint32_t* words_t, int64_t sp, float* c,
                       float* out, Row&& row) {
   block_rows<T>(rows, d, a, row);
   Passes<T> k;
-  k.add(words_t, 32, sp, words_of<T>(d));
+  k.add_packed(words_t, words_of<T>(d));
   product_into<T>(a, rows, k, sp / 32, c, out, sp, [](int64_t) {});
 }
-// For every whole or partial vector of the product of a's rows with row words [words_of(k)][dp]: write(row, column, v).
+// For every whole or partial vector of the product of a's rows with row words of d columns: write(row, column, v).
 template <class T, class Write>
 FA_INLINE void product_rows(const ABlock& a, int64_t rows, const uint32_t* words, int64_t k, int64_t d, float* c,
                             Write&& write) {
-  const int64_t dp = round32(d);
   Passes<T> passes;
-  passes.add(words, 32, dp, words_of<T>(k));
-  product<T>(a, rows, passes, 0, dp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  passes.add_packed(words, words_of<T>(k));
+  product<T>(a, rows, passes, 0, round32(d) / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int64_t r = 0; r < mr; ++r)
       for (int64_t v = 0; v < kNV && panel * 32 + v * W < d; ++v)
         write(m + r, panel * 32 + v * W, load(tile + r * 32 + v * W));
@@ -269,7 +269,7 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
   float* s = scr.get<float>(5, (kQueries + 32) * sp);
   int8_t* keep = p.drop.on ? scr.get<int8_t>(6, sp + 64) : nullptr;
   transposed_words<T>(n, d, sp, keys_t, [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); });
-  row_words<T>(n, d, dp, values, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
+  row_words<T>(n, d, dp, values, words_of<T>(n), 0, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
   float highest[kQueries], total[kQueries][W], inverse[kQueries];
   for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
     const int64_t rows = std::min(kQueries, length - q0), first = (batch * p.heads + head) * length + q0;
@@ -328,7 +328,7 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   auto key = [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); };
   transposed_words<T>(n, d, sp, keys_t, key);
   transposed_words<T>(n, d, sp, values_t, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
-  row_words<T>(n, d, dp, keys, key);
+  row_words<T>(n, d, dp, keys, words_of<T>(n), 0, key);
   auto write = [&](int which, int64_t row, int64_t col, F v) {
     store_n((T*)p.dqkv + (batch * length + row) * 3 * h + which * h + head * d + col, v, d - col);
   };
@@ -340,8 +340,8 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
     auto query_row = [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); };
     auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * length + q0 + r) * h + head * d; };
     prefetch_next_head<T>(p, batch, head, q0);
-    row_words<T>(rows, d, dp, queries + w0 * dp, query_row);
-    row_words<T>(rows, d, dp, douts + w0 * dp, dout_row);
+    row_words<T>(rows, d, dp, queries, query_words, w0, query_row);
+    row_words<T>(rows, d, dp, douts, query_words, w0, dout_row);
     scores<T>(a, rows, d, keys_t, sp, c, s, query_row);
     scores<T>(a, rows, d, values_t, sp, c, g, dout_row);  // dP = dO V^T
     for (int64_t r = 0; r < rows; ++r) {

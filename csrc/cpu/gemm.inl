@@ -9,7 +9,7 @@ constexpr int64_t kStride = 784;  // words between rows of an A block
 // float products at that of PyTorch's own; pairs round their inputs far more coarsely than that.
 template <bool Pairs>
 constexpr int64_t kPass = Pairs ? 384 : 256;
-constexpr int64_t kAhead = 48;  // rows of B that are asked for before they are multiplied
+constexpr int64_t kAhead = 48;  // rows of B that are asked for before they are multiplied, where that pays
 
 // How T is multiplied: as float words, or as pairs of bfloat16.
 template <class T>
@@ -17,6 +17,7 @@ struct Operand {
   static constexpr bool pairs = false;
   static constexpr int per_word = 1;
   static constexpr int pad = 1;
+  static constexpr int strip = 2 * W < 32 ? 2 * W : 32;
 };
 #if FA_BF16 != 0
 template <>
@@ -24,18 +25,23 @@ struct Operand<bf16> {
   static constexpr bool pairs = true;
   static constexpr int per_word = 2;
   static constexpr int pad = FA_BF16 == 1 ? 2 : 32;  // AMX multiplies 32 at a time
+  static constexpr int strip = 32;
 };
 #endif
+// A panel's 32 columns are strips, as wide as the sums of a tile: a strip of B, 256 words deep, stays in the first-level
+// cache while all rows pass by it. Within a packed panel each strip stands by itself, [k][kStrip].
+template <class T>
+constexpr int kStrip = Operand<T>::strip;
+
 template <class T>
 FA_INLINE int64_t words_of(int64_t k) {
   constexpr int pad = Operand<T>::pad, per = Operand<T>::per_word;
   return (k + pad - 1) / pad * pad / per;
 }
 
-// -- tiles: C[rows][32] (+)= A[rows][kw] B[kw][32] -------------------------------------------------------------------
+// -- tiles: C[rows][kStrip] (+)= A[rows][kw] B[kw][kStrip] -----------------------------------------------------------
 
 constexpr int kNV = 32 / W;  // vectors in a panel's row
-constexpr int kHalf = (kNV + 1) / 2;  // the same where only the first 16 columns are wanted
 
 template <bool Pairs>
 FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
@@ -48,26 +54,42 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
   return acc + (F)b * f;
 }
 
-template <int MR, bool Pairs, int NV>
-__attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb, int64_t kw,
+// Ldb: words between rows of B where that is known, which spares the loop its address arithmetic; 0 where it isn't.
+template <int MR, bool Pairs, int NV, int Ldb>
+__attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb_, int64_t kw,
                                     float* __restrict c, int64_t ldc, bool accumulate) {
+  const int64_t ldb = Ldb ? Ldb : ldb_;
   F acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[m][v] = F{};
-  for (int64_t k = 0; k < kw; ++k) {
+  auto step = [&](int64_t j) __attribute__((always_inline)) {
     U row[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) std::memcpy(&row[v], b + v * W, sizeof(U));
+    for (int v = 0; v < NV; ++v) std::memcpy(&row[v], b + j * ldb + v * W, sizeof(U));
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      uint32_t x = a[m * kStride];
+      uint32_t x = a[m * kStride + j];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
     }
-    __builtin_prefetch(b + kAhead * ldb, 0, 3);
-    __builtin_prefetch(b + kAhead * ldb + 16, 0, 3);
+  };
+  // Short vectors make the loop's own instructions weigh; four steps a turn share them.
+  constexpr int turn = W < 16 && Ldb ? 4 : 1;
+  int64_t k = 0;
+  for (; k + turn <= kw; k += turn) {
+#pragma GCC unroll 4
+    for (int j = 0; j < turn; ++j) step(j);
+    if constexpr (W == 16) {
+      __builtin_prefetch(b + kAhead * ldb, 0, 3);
+      __builtin_prefetch(b + kAhead * ldb + 16, 0, 3);
+    }
+    b += turn * ldb;
+    a += turn;
+  }
+  for (; k < kw; ++k) {
+    step(0);
     b += ldb;
     a += 1;
   }
@@ -81,9 +103,9 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
 }
 
 using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
-template <bool Pairs, int NV, int... M>
+template <bool Pairs, int NV, int Ldb, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
-  return {tile<M + 1, Pairs, NV>...};
+  return {tile<M + 1, Pairs, NV, Ldb>...};
 }
 
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -94,24 +116,25 @@ template <class T>
 struct Tiles {
   static constexpr int max_rows = FA_ROWS;
   struct Session {};
+  // One strip.
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
-    columns<kNV>(rows, a, b, ldb, kw, c, ldc, accumulate);
+    vectors<kStrip<T> / W>(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
-  // Of the 32 columns the first 16 only.
-  static void run_half(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                       bool accumulate) {
-    columns<kHalf>(rows, a, b, ldb, kw, c, ldc, accumulate);
+  // Of a strip the first W columns only.
+  static void run_narrow(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                         bool accumulate) {
+    vectors<1>(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
 
  private:
-  // Two vectors of columns at a time: FA_ROWS times as many sums fill the registers, and more would spill.
   template <int NV>
-  static void columns(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+  static void vectors(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                       bool accumulate) {
-    constexpr int step = NV < 2 ? NV : 2;
-    static constexpr auto table = tiles_of<Operand<T>::pairs, step>(std::make_integer_sequence<int, FA_ROWS>{});
-    for (int v = 0; v < NV; v += step) table[rows - 1](a, b + v * W, ldb, kw, c + v * W, ldc, accumulate);
+    using Rows = std::make_integer_sequence<int, FA_ROWS>;
+    static constexpr auto packed = tiles_of<Operand<T>::pairs, NV, kStrip<T>>(Rows{});
+    static constexpr auto loose = tiles_of<Operand<T>::pairs, NV, 0>(Rows{});
+    (ldb == kStrip<T> ? packed : loose)[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -123,8 +146,8 @@ struct Tiles<bf16> {
                   bool accumulate) {
     amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
-  static void run_half(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                       bool accumulate) {
+  static void run_narrow(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
+                         bool accumulate) {
     amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
   }
 };
@@ -171,11 +194,23 @@ FA_INLINE void copy_row(const ABlock& a, int64_t m, const T* from, int64_t k) {
 
 // -- the product -----------------------------------------------------------------------------------------------------
 
-struct Pass {  // up to kPass of k: where they start in A, where in B's panel 0, how far the next panel is
+// Up to kPass of k: where they start in A, where in B's panel 0, how far the next panel and the next strip are.
+struct Pass {
   int64_t a;
   const uint32_t* b;
-  int64_t panel_stride, ldb, words;
+  int64_t panel_stride, strip_stride, ldb, words;
 };
+// Where word k of a column (a multiple of W) stands in a packed matrix of `count` words of k.
+template <class T>
+FA_INLINE int64_t packed_at(int64_t count, int64_t column, int64_t k) {
+  constexpr int64_t strip = kStrip<T>;
+  return (column / strip * count + k) * strip + column % strip;
+}
+// All k of a packed matrix of `count` words of k.
+template <class T>
+FA_INLINE Pass packed_pass(int64_t a, const uint32_t* words, int64_t count) {
+  return {a, words, count * 32, count * kStrip<T>, kStrip<T>, count};
+}
 // The passes over k of a product with one B, or with several below one another.
 template <class T>
 class Passes {
@@ -183,15 +218,24 @@ class Passes {
 
  public:
   explicit Passes(int64_t start = 0) : start_(start) {}
+  // A B whose rows are ldb apart.
   void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
-    for (int64_t k = 0; k < words; k += kLength)
-      passes_[count_++] = {start_ + k, b + k * ldb, panel_stride, ldb, std::min(kLength, words - k)};
-    start_ += (words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
+    add({0, b, panel_stride, kStrip<T>, ldb, words});
   }
+  void add_packed(const uint32_t* b, int64_t words) { add(packed_pass<T>(0, b, words)); }
   int count() const { return count_; }
   const Pass& operator[](int i) const { return passes_[i]; }
 
  private:
+  void add(const Pass& all) {
+    for (int64_t k = 0; k < all.words; k += kLength) {
+      Pass& pass = passes_[count_++] = all;
+      pass.a = start_ + k;
+      pass.b += k * all.ldb;
+      pass.words = std::min(kLength, all.words - k);
+    }
+    start_ += (all.words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
+  }
   Pass passes_[kMaxPasses];
   int count_ = 0;
   int64_t start_;
@@ -199,9 +243,16 @@ class Passes {
 template <class T>
 FA_INLINE Passes<T> passes_of(const Packed& p) {
   Passes<T> list;
-  int64_t kw = words_of<T>(p.k);
-  list.add(p.words, kw * 32, 32, kw);
+  list.add_packed(p.words, words_of<T>(p.k));
   return list;
+}
+// All strips of a panel for one tile of rows, a's words standing where the pass begins.
+template <class T>
+FA_INLINE void multiply_panel(int rows, const uint32_t* a, const Pass& pass, int64_t panel, float* c, int64_t ldc,
+                              bool accumulate) {
+  const uint32_t* b = pass.b + panel * pass.panel_stride;
+  for (int strip = 0; strip < 32 / kStrip<T>; ++strip)
+    Tiles<T>::run(rows, a, b + strip * pass.strip_stride, pass.ldb, pass.words, c + strip * kStrip<T>, ldc, accumulate);
 }
 
 // Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
@@ -231,24 +282,30 @@ FA_INLINE void product_of_tiles(const ABlock& a, int64_t blocks, TileAt&& tile_a
     for (int i_pass = 0; i_pass < k.count(); ++i_pass) {
       const Pass& pass = k[i_pass];
       const uint32_t* b = pass.b + panel * pass.panel_stride;
+      const int64_t wanted = std::min<int64_t>(32, columns - panel * 32);
+      const int strips = (int)((wanted + kStrip<T> - 1) / kStrip<T>);
+      const auto run = wanted <= W ? Tl::run_narrow : Tl::run;
       // While this piece of B is multiplied, memory brings the one that follows it.
       const bool more = i_pass + 1 < k.count();
       const Pass& next_pass = k[more ? i_pass + 1 : 0];
       const uint32_t* next = next_pass.b + (more ? panel : std::min(panel + 1, last - 1)) * next_pass.panel_stride;
-      for (int64_t i = 0; i < blocks; ++i) {
-        const RowTile t = tile_at(i);
-        float* tile = c + i * Tl::max_rows * 32;
-        if (next_pass.ldb == 32) prefetch(next, next_pass.words * 128, i, i + 1, blocks);
-        const auto run = columns - panel * 32 <= 16 ? Tl::run_half : Tl::run;
-        run((int)t.rows, a.row(t.m, pass.a), b, pass.ldb, pass.words, tile, 32, i_pass > 0);
-        if (more) continue;
-        if (extras)
-          for (int e = 0; e < extras[t.slot].count; ++e) {
-            const Pass& extra = extras[t.slot].passes[e];
-            run((int)t.rows, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.ldb, extra.words, tile, 32,
-                true);
-          }
-        epilogue(panel, t, tile);
+      for (int strip = 0; strip < strips; ++strip) {
+        const bool ready = !more && strip == strips - 1;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const RowTile t = tile_at(i);
+          float* tile = c + i * Tl::max_rows * 32;
+          if (next_pass.ldb == kStrip<T>)
+            prefetch(next + strip * next_pass.strip_stride, next_pass.words * kStrip<T> * 4, i, i + 1, blocks);
+          run((int)t.rows, a.row(t.m, pass.a), b + strip * pass.strip_stride, pass.ldb, pass.words,
+              tile + strip * kStrip<T>, 32, i_pass > 0);
+          if (!ready) continue;
+          if (extras)
+            for (int e = 0; e < extras[t.slot].count; ++e) {
+              const Pass& extra = extras[t.slot].passes[e];
+              multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+            }
+          epilogue(panel, t, tile);
+        }
       }
     }
   }
@@ -277,8 +334,7 @@ FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, i
       before_panel(panel);
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
-        Tl::run((int)n, a.row(m, 0), k[0].b + panel * k[0].panel_stride, k[0].ldb, k[0].words,
-                out + m * ldo + panel * 32, ldo, false);
+        multiply_panel<T>((int)n, a.row(m, 0), k[0], panel, out + m * ldo + panel * 32, ldo, false);
       }
     }
     return;
@@ -313,7 +369,8 @@ void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_
     const int64_t columns = std::min<int64_t>(32, n - p * 32);
     if constexpr (!Operand<T>::pairs && std::is_same_v<S, float> && std::is_same_v<T, float>) {
       if (sk == 1 && columns == 32) {
-        transpose(src + p * 32 * sn, sn, 32, k, (float*)panel, 32);
+        for (int j = 0; j < 32; j += kStrip<T>)
+          transpose(src + (p * 32 + j) * sn, sn, kStrip<T>, k, (float*)panel + j * kw, kStrip<T>);
         continue;
       }
     }
@@ -329,7 +386,7 @@ void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_
           word = round_bf16_bits(load(lanes[0])) | (round_bf16_bits(load(lanes[1])) << 16);
         else
           word = bits(rounded<T>(load(lanes[0])));
-        std::memcpy(panel + i * 32 + j, &word, sizeof word);
+        std::memcpy(panel + packed_at<T>(kw, j, i), &word, sizeof word);
       }
   }
 }

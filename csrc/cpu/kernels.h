@@ -8,7 +8,7 @@ namespace fastadapt::cpu {
 enum class DType : int { f32 = 0, bf16 = 1 };
 enum class Act : int { none, relu, gelu, gelu_new, silu, tanh, sigmoid, leaky_relu };
 
-// A [k, n] matrix in panels of 32 columns: word (p, kw, c) stands at (p * kw_count + kw) * 32 + c. A word is one float,
+// A [k, n] matrix in panels of 32 columns, laid out as the instruction set multiplies it (gemm.inl). A word is one float,
 // or two consecutive k of one column in bfloat16 where the instruction set multiplies those.
 struct Packed {
   const uint32_t* words;

@@ -98,7 +98,7 @@ const Extra* extras_of(const LowRanks& low, const int64_t* at, Pass* passes, Ext
     for (; i < low.count && low.loras[i].slot == slot; ++i) {
       if (!wanted(low.loras[i])) continue;
       const int64_t words = words_of<T>(low.loras[i].rank);
-      passes[count++] = {at[i], low.loras[i].up.words, words * 32, 32, words};
+      passes[count++] = packed_pass<T>(at[i], low.loras[i].up.words, words);
       ++extras[slot].count;
     }
   }
@@ -119,8 +119,7 @@ void low_product(const LowRank& l, const ABlock& from, int64_t start, const ABlo
                  const TileList& tiles, float* c, Sink&& sink) {
   constexpr int64_t per = Operand<T>::per_word;
   Passes<T> k(start);
-  const int64_t words = words_of<T>(l.down.k);
-  k.add(l.down.words, words * 32, 32, words);
+  k.add_packed(l.down.words, words_of<T>(l.down.k));
   product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, nullptr, l.rank, 0,
                       (l.rank + 31) / 32, c, [&](int64_t panel, const RowTile& t, const float* tile) {
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -457,10 +456,7 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   if (!p.dx) return;
 
   Passes<T> passes;
-  for (int w = 0; w < p.count; ++w) {
-    const int64_t count = words_of<T>(p.weights[w].k);
-    passes.add(p.weights[w].words, count * 32, 32, count);
-  }
+  for (int w = 0; w < p.count; ++w) passes.add_packed(p.weights[w].words, words_of<T>(p.weights[w].k));
   const Extra* extras = nullptr;
   if (low.count > dropping)
     extras = extras_of<T>(low, at, s.get<Pass>(8, low.count), s.get<Extra>(13, low.slots),
@@ -481,8 +477,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
       if (!l.drop.on || l.slot != t.slot) continue;
-      const int64_t count = words_of<T>(l.rank);
-      Tiles<T>::run((int)mr, a.row(m, at[i]), l.up.words + panel * count * 32, 32, count, apart, 32, false);
+      const Pass up = packed_pass<T>(at[i], l.up.words, words_of<T>(l.rank));
+      multiply_panel<T>((int)mr, a.row(m, at[i]), up, panel, apart, 32, false);
       const int8_t* mask = kept_of(i) + m * x_stride + panel * 32;
       for (int64_t r = 0; r < mr; ++r)
         for (int v = 0; v < kNV && panel * 32 + v * W < p.n; ++v) {
