@@ -86,10 +86,17 @@ def calls(case: Case, t: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
         "gemm torch": without_autograd(lambda: F.linear(x, dense)),
         "gemm fastadapt": without_autograd(lambda: fa.ops.linear(x, dense)),
     }
-    if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu" and _has_packed_product(dense.dtype):
         packed, blocked = _packed_product(dense), x.to_mkldnn()
         found["gemm oneDNN"] = without_autograd(lambda: packed(blocked))
     return found
+
+
+def _has_packed_product(dtype: torch.dtype) -> bool:
+    """oneDNN refuses bfloat16 on processors without AVX-512, and says so only when it multiplies."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _packed_product(dense: Tensor) -> nn.Module:
