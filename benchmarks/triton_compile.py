@@ -6,6 +6,8 @@
 
 The launches are recorded, not copied: the ops' own host functions run on meta tensors with the architecture set, and
 what they would launch is specialised as Triton's JIT does (pointers and sizes divisible by 16, ones as constants).
+Registers and spills are ptxas's report. Instructions are counted in PTX, where a loop's body stands once, and the
+machine code (SASS) has to show the same kinds of them.
 """
 
 from __future__ import annotations
@@ -353,6 +355,17 @@ def _instructions(ptx: str) -> tuple[int, int, int]:
     return matrix, len(bytes_), sum(size >= 16 for size in bytes_)
 
 
+def _hold_against_machine_code(name: str, matrix: int, wide_loads: int, sass: str) -> None:
+    """Raises where ptxas made something else of matrix instructions or 16-byte loads than PTX says."""
+    for what, counted, pattern in (
+        ("matrix instructions", matrix, r"\bHG?MMA\."),
+        ("16-byte loads", wide_loads, r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b"),
+    ):
+        found = len(re.findall(pattern, sass))
+        if bool(counted) != bool(found):
+            raise RuntimeError(f"{name}: {counted} {what} in PTX, {found} in the machine code")
+
+
 def kernel_name(one: Launch) -> str:
     """A launch's name in the table."""
     name = one.kernel.__name__.removeprefix("_").removesuffix("_kernel")
@@ -365,10 +378,12 @@ def _measured(case: Case, one: Launch) -> Usage:
     compiled, log = _compiled(one, case.arch)
     registers, stores, loads = _reported(log)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    matrix, global_loads, wide_loads = _instructions(compiled.asm["ptx"])
+    _hold_against_machine_code(kernel_name(one), matrix, wide_loads, compiled.asm["sass"])
     return Usage(
         case.op, kernel_name(one), case.arch, case.dtype, case.hidden, case.bottleneck, case.rows, warps,
         compiled.metadata.num_stages, registers, stores, loads, shared,
-        _resident(case.arch, warps, registers, shared), *_instructions(compiled.asm["ptx"]),
+        _resident(case.arch, warps, registers, shared), matrix, global_loads, wide_loads,
     )  # fmt: skip
 
 

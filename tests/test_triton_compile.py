@@ -1,4 +1,4 @@
-"""The committed table of what the Triton kernels cost on sm_80 and sm_90: complete, without spills, and true."""
+"""The committed tables of what the Triton kernels cost on sm_80 and sm_90: complete, without spills, and true."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 TABLE = json.loads((ROOT / "benchmarks" / "results" / "triton_compile.json").read_text())
-ROWS = [dict(zip(TABLE["columns"], row, strict=True)) for row in TABLE["rows"]]
+OLDEST = json.loads((ROOT / "benchmarks" / "results" / "triton_compile_oldest.json").read_text())
+ROWS, OLDEST_ROWS = ([dict(zip(t["columns"], row, strict=True)) for row in t["rows"]] for t in (TABLE, OLDEST))
+EVERY_ROW = [*ROWS, *OLDEST_ROWS]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 KEY = ("op", "kernel", "arch", "dtype", "hidden", "bottleneck", "rows")
 # Compiled anew by the test: of every kind of kernel the widest or the one that came closest to spilling.
@@ -92,25 +94,34 @@ def test_the_table_holds_every_linear_and_rank():
         assert ("merge", kernel, arch, dtype, hidden, r, 65536) in there
 
 
+def test_the_oldest_supported_triton_has_the_same_table():
+    """Both versions compile the same launches."""
+    newest, oldest = ({tuple(row[n] for n in KEY) for row in rows} for rows in (ROWS, OLDEST_ROWS))
+    assert oldest == newest and len(oldest) == len(OLDEST_ROWS)
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'"triton>={OLDEST["triton"].removesuffix(".0")}; ' in project
+    assert OLDEST["triton"] != TABLE["triton"]
+
+
 def test_products_in_sixteen_bits_use_matrix_instructions_and_wide_loads():
     products = ("forward", "fused", "low", "product", "weights a", "weights b")
-    for row in ROWS:
+    for row in EVERY_ROW:
         if row["dtype"] != "float32" and row["kernel"] in products and not row["op"].startswith(("add_norm", "mix")):
             assert row["matrix"] > 0, _about(row)
             assert row["wide_loads"] > 0, _about(row)
 
 
 def test_a_multiprocessor_holds_a_program_of_every_kernel():
-    assert [_about(row) for row in ROWS if row["resident"] < 1] == []
+    assert [_about(row) for row in EVERY_ROW if row["resident"] < 1] == []
 
 
 def test_sixteen_bit_kernels_spill_nothing():
-    spilled = [_about(r) for r in ROWS if r["dtype"] != "float32" and (r["spill_stores"] or r["spill_loads"])]
+    spilled = [_about(r) for r in EVERY_ROW if r["dtype"] != "float32" and (r["spill_stores"] or r["spill_loads"])]
     assert spilled == []
 
 
 def test_every_kernel_fits_its_shared_memory():
-    assert [_about(r) for r in ROWS if r["shared"] > SHARED_BYTES[r["arch"]]] == []
+    assert [_about(r) for r in EVERY_ROW if r["shared"] > SHARED_BYTES[r["arch"]]] == []
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +152,26 @@ def test_a_fresh_compilation_gives_the_table(compiled):
     written = {tuple(row[n] for n in KEY): row for row in ROWS}
     for usage in compiled:
         assert written[tuple(usage[n] for n in KEY)] == usage, _about(usage)
+
+
+def test_machine_code_without_what_ptx_has_is_an_error():
+    code = (
+        "from benchmarks import triton_compile as t\n"
+        "t._hold_against_machine_code('both', 2, 1, ' HGMMA.64x64x16.F32 R1; LDGSTS.E.BYPASS.LTC128B.128 [R2]')\n"
+        "t._hold_against_machine_code('neither', 0, 0, ' FFMA R1; LDG.E.64 R2')\n"
+        "for matrix, wide, sass in ((1, 0, 'FFMA R1'), (0, 1, 'LDG.E.64 R2'), (0, 0, 'HMMA.16816.F32 R1')):\n"
+        "    try:\n"
+        "        t._hold_against_machine_code('a kernel', matrix, wide, sass)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "a kernel: 1 matrix instructions in PTX, 0 in the machine code",
+        "a kernel: 1 16-byte loads in PTX, 0 in the machine code",
+        "a kernel: 0 matrix instructions in PTX, 1 in the machine code",
+    ]
 
 
 # -- the model of bytes and operations ---------------------------------------------------------------------------

@@ -378,9 +378,13 @@ def lora_weights(
 def bottleneck_routed(
     arch: Architecture, rows: int, batch_rows: int, bottleneck: int, bytes_: int, weight_bytes: int, *, backward: bool
 ) -> RowTile:
-    """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross."""
+    """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross.
+
+    The slot's own pointers and sizes take registers too: 64 rows of 256 neurons would spill.
+    """
     tile = bottleneck_rows(arch, rows * batch_rows, bottleneck, bytes_, weight_bytes, backward=backward)
-    return replace(tile, rows=min(tile.rows, power_of_two(rows)))
+    most = 32 if arch is not INTERPRETER and bytes_ == 2 and power_of_two(bottleneck) >= 256 else tile.rows
+    return replace(tile, rows=min(tile.rows, most, power_of_two(rows)))
 
 
 @dataclass(frozen=True)
