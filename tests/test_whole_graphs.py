@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -188,3 +189,38 @@ def test_a_training_step_on_a_gpu_waits_for_no_value():
     done = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "no value was asked for\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("method", ["houlsby", "lora", "bitfit", "mam"])
+def test_trains_inside_graphed_callables(method):
+    """Gradients of two batches through one captured step are those of a model that launches its kernels one by one."""
+    model, _ = adapted(method)
+    model.cuda().train()
+    for module in model.modules():  # without dropout both draw nothing
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_probs_dropout_prob = 0.0
+    plain = copy.deepcopy(model)
+    first = {key: value.cuda() for key, value in batch(model).items()}
+    second = first | {"input_ids": first["input_ids"].flip(0)}
+
+    class Logits(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *values):
+            return self.inner(**dict(zip(first, values, strict=True))).logits
+
+    def gradients(callable_, of, inputs):
+        of.zero_grad(set_to_none=True)
+        callable_(*inputs.values()).float().square().sum().backward()
+        return {n: p.grad.clone() for n, p in of.named_parameters() if p.requires_grad}
+
+    graphed = torch.cuda.make_graphed_callables(Logits(model), tuple(first.values()), allow_unused_input=True)
+    for inputs in (first, second):
+        want, got = gradients(Logits(plain), plain, inputs), gradients(graphed, model, inputs)
+        assert want.keys() == got.keys()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=1e-4, msg=name)

@@ -26,7 +26,8 @@ from fastadapt.ops.schemas import CUDA_OPS
 ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/test_cuda_kernels.py", "tests/test_merge_ops.py", "tests/test_ops.py", "tests/test_lora_ops.py",
-    "tests/test_rows_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py",
+    "tests/test_rows_ops.py", "tests/test_mix_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py",
+    "tests/test_whole_graphs.py::test_trains_inside_graphed_callables",
 )  # fmt: skip
 TESTS_LIMIT_S = 240
 NO_GPU = 2
@@ -53,7 +54,7 @@ def environment() -> dict[str, Any]:
 
 
 def run_tests() -> dict[str, Any]:
-    """pytest on the op tests; with a GPU visible they compile the kernels instead of interpreting them."""
+    """pytest on the op tests and on captured training; with a GPU visible they compile the kernels instead of interpreting them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", f"--junitxml={report}", *TESTS]
