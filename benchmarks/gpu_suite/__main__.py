@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
 
 
 def run_tests() -> dict[str, Any]:
-    """pytest on the op tests and on captured training; with a GPU visible they compile the kernels instead of interpreting them."""
+    """pytest on op tests and captured training; with a GPU visible, kernels are compiled instead of interpreted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", f"--junitxml={report}", *TESTS]
