@@ -150,14 +150,17 @@ def bottleneck_rows(
         return RowTile(16, 64, 8 if width >= 128 else 4, 1, _MOST_REGISTERS)
     # 64 rows fill a warp group's matrix instruction; with few rows, more programs matter more. Backward keeps dy, x̂ and
     # ds of a block beside its sums, so it has twice the threads for as much, and half the rows for a wide bottleneck.
-    widest_of_64 = 128 if backward else 256
+    # Wider weights than activations (autocast) take as much.
+    autocast = weight_bytes > bytes_
+    widest_of_64 = 128 if backward or autocast else 256
     many = rows >= 64 * arch.processors
     tile = 64 if many and width <= widest_of_64 else 16 if width <= 64 or (backward and width > 256) else 32
     warps = 8 if width >= 256 or (tile == 64 and (width >= 128 or backward)) else 4
     cols = 64
     a_stage = (width * weight_bytes + tile * bytes_) * cols
-    stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward else 3)
-    return RowTile(tile, cols, warps, stages, _MOST_REGISTERS if backward or weight_bytes > bytes_ else None)
+    stages = _deepest(arch, tile * width * bytes_, a_stage, 2 if backward or (autocast and width >= 256) else 3)
+    spills_for_occupancy = backward or autocast or (tile == 16 and width == 64)
+    return RowTile(tile, cols, warps, stages, _MOST_REGISTERS if spills_for_occupancy else None)
 
 
 @dataclass(frozen=True)
