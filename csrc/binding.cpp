@@ -3,17 +3,16 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <deque>
 
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pack_cache.h"
 #include "cpu/pool.h"
+#include "each.h"
 
 namespace fastadapt::cpu {
 namespace {
@@ -65,24 +64,9 @@ class Floats {
   const float* data_ = nullptr;
 };
 
-// fn(i) for i in [0, tasks), whoever is free taking the next one: the cores of a shared machine aren't equally fast.
 void run_parallel(int64_t tasks, Task fn, void* context) {
-  struct Call {
-    Task fn;
-    void* context;
-    int64_t tasks;
-    std::atomic<int64_t> next;
-  } call{fn, context, tasks, {0}};
   if (tasks == 1) return fn(0, context);
-  const auto error = torch_parallel_for(
-      0, std::min<int64_t>(tasks, at::get_num_threads()), 1,
-      [](int64_t begin, int64_t end, void* c) {
-        Call& call = *static_cast<Call*>(c);
-        for (int64_t thread = begin; thread < end; ++thread)
-          for (int64_t i; (i = call.next.fetch_add(1, std::memory_order_relaxed)) < call.tasks;) call.fn(i, call.context);
-      },
-      &call);
-  TORCH_CHECK(error == 0, "a parallel region of fastadapt failed");
+  TORCH_CHECK(each(tasks, [&](int64_t i) { fn(i, context); }), "a parallel region of fastadapt failed");
 }
 
 Act act_of(std::string_view name) {

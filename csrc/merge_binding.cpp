@@ -2,10 +2,8 @@
 // not finite is run backwards over the chunks that it changed, so either every weight changes or none. The way back is
 // exact where residues were read and are made; where either step rounds, a dry run on copies of the chunks goes first,
 // and what is left to fail then, an allocation for new residues, happens with a copy of the weights in hand.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,6 +15,7 @@
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
+#include "each.h"
 
 namespace fastadapt::cpu {
 namespace {
@@ -36,30 +35,6 @@ WeightType weight_type(const Tensor& w) {
     case at::kHalf: return WeightType::f16;
     default: TORCH_CHECK(false, "merging takes float32, bfloat16 and float16, got ", w.scalar_type());
   }
-}
-
-// fn(i) for i in [0, n), whoever is free taking the next one. False where fn or the threads failed.
-template <class Fn>
-bool each(int64_t n, Fn&& fn) {
-  struct Call {
-    std::remove_reference_t<Fn>* fn;
-    std::atomic<int64_t> next;
-    int64_t n;
-    std::atomic<bool> failed;
-  } call{&fn, {0}, n, {false}};
-  const auto error = torch_parallel_for(
-      0, std::min<int64_t>(n, at::get_num_threads()), 1,
-      [](int64_t begin, int64_t end, void* context) {
-        Call& call = *static_cast<Call*>(context);
-        try {
-          for (int64_t thread = begin; thread < end; ++thread)
-            for (int64_t i; (i = call.next.fetch_add(1)) < call.n;) (*call.fn)(i);
-        } catch (const std::bad_alloc&) {
-          call.failed = true;
-        }
-      },
-      &call);
-  return error == 0 && !call.failed;
 }
 
 // s * B A of every matrix, ready for the kernels.

@@ -383,10 +383,10 @@ def bottleneck_routed(
 ) -> RowTile:
     """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross.
 
-    The slot's own pointers and sizes take registers too: 64 rows of 256 neurons would spill.
+    A slot's pointers and sizes take registers too: 64 rows of 256 neurons would spill.
     """
     tile = bottleneck_rows(arch, rows * batch_rows, bottleneck, bytes_, weight_bytes, backward=backward)
-    most = 32 if arch is not INTERPRETER and bytes_ == 2 and power_of_two(bottleneck) >= 256 else tile.rows
+    most = 32 if arch is not INTERPRETER and power_of_two(bottleneck) >= 256 else tile.rows
     return replace(tile, rows=min(tile.rows, most, power_of_two(rows)))
 
 
