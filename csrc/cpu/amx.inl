@@ -2,16 +2,14 @@
 // With FA_BF16 == 3 the tile registers are plain arrays, so that the same code is tested where there is no AMX.
 
 #if FA_BF16 == 2
+// Palette 1; 64 bytes a row and 16 rows in each of eight tiles. A constant, because GCC's _tile_loadconfig tells of only
+// its first 8 bytes that they are read: stores of the others may be left out.
+alignas(64) constexpr uint8_t kTileConfig[64] = {1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,
+                                                 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+                                                 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,
+                                                 16, 16, 16, 16, 16, 16, 16, 16};
 struct AmxSession {
-  AmxSession() {
-    alignas(64) uint8_t config[64] = {};
-    config[0] = 1;  // palette
-    for (int i = 0; i < 8; ++i) {
-      config[16 + 2 * i] = 64;  // bytes a row
-      config[48 + i] = 16;      // rows
-    }
-    _tile_loadconfig(config);
-  }
+  AmxSession() { _tile_loadconfig(kTileConfig); }
   ~AmxSession() { _tile_release(); }
   AmxSession(const AmxSession&) = delete;
 };
@@ -55,19 +53,23 @@ inline void emulated_dp(int c, int a, int b) {
 #define FA_TILE_DP(c, a, b) emulated_dp(c, a, b)
 #endif
 
-// Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B. A's rows past `rows` are read
-// (the block is padded) and only make rows of c that nobody looks at, within c's padding.
-inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                     bool accumulate) {
-  constexpr int64_t a_stride = kStride * 4;
+// Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B; Narrow leaves out the second half of
+// the columns. A's rows past `rows` are read (the block is padded) and only make rows of c that nobody looks at, within
+// c's padding. beside(step, steps) runs after each step of k, while the tile unit computes.
+template <bool Narrow, class Beside>
+FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
+                        int64_t ldc, bool accumulate, Beside&& beside) {
+  const int64_t a_stride = lda * 4;
   const int64_t c_stride = ldc * 4;
   const bool two = rows > 16;
+  const int64_t steps = kw / 16;
+  __asm__ volatile("" ::: "memory");  // GCC's tile loads don't tell that they read memory
   if (accumulate) {
     FA_TILE_LOAD(0, c, c_stride);
-    FA_TILE_LOAD(1, c + 16, c_stride);
+    if (!Narrow) FA_TILE_LOAD(1, c + 16, c_stride);
     if (two) {
       FA_TILE_LOAD(2, c + 16 * ldc, c_stride);
-      FA_TILE_LOAD(3, c + 16 * ldc + 16, c_stride);
+      if (!Narrow) FA_TILE_LOAD(3, c + 16 * ldc + 16, c_stride);
     }
   } else {
     FA_TILE_ZERO(0);
@@ -76,25 +78,24 @@ inline void amx_tile(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb
     FA_TILE_ZERO(3);
   }
   for (int64_t k = 0; k < kw; k += 16) {
-    for (int64_t r = 0; r < 16; ++r) {
-      __builtin_prefetch(b + (k + kAhead + r) * ldb, 0, 3);
-      __builtin_prefetch(b + (k + kAhead + r) * ldb + 16, 0, 3);
-    }
     FA_TILE_LOAD(4, a + k, a_stride);
     FA_TILE_LOAD(6, b + k * ldb, ldb * 4);
     FA_TILE_DP(0, 4, 6);
-    FA_TILE_LOAD(7, b + k * ldb + 16, ldb * 4);
-    FA_TILE_DP(1, 4, 7);
-    if (two) {
-      FA_TILE_LOAD(5, a + 16 * kStride + k, a_stride);
-      FA_TILE_DP(2, 5, 6);
-      FA_TILE_DP(3, 5, 7);
+    if (!Narrow) {
+      FA_TILE_LOAD(7, b + k * ldb + 16, ldb * 4);
+      FA_TILE_DP(1, 4, 7);
     }
+    if (two) {
+      FA_TILE_LOAD(5, a + 16 * lda + k, a_stride);
+      FA_TILE_DP(2, 5, 6);
+      if (!Narrow) FA_TILE_DP(3, 5, 7);
+    }
+    beside(k / 16, steps);
   }
   FA_TILE_STORE(0, c, c_stride);
-  FA_TILE_STORE(1, c + 16, c_stride);
+  if (!Narrow) FA_TILE_STORE(1, c + 16, c_stride);
   if (two) {
     FA_TILE_STORE(2, c + 16 * ldc, c_stride);
-    FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
+    if (!Narrow) FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
   }
 }

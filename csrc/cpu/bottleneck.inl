@@ -16,15 +16,16 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     keep = scr.get<int8_t>(4, rows * keep_stride);
     keep_rows(r0, rows, h, p.drop, keep);
   }
+  const bool direct = in_place<T>(rows, h);
   for (int64_t r = 0; r < rows; ++r) {
-    copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
+    if (!direct) copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
     pad_row<T>(a, r, b);
   }
   // While the products compute, memory brings what is read after them: the residual, then the next block of x.
   const int64_t panels_down = (b + 31) / 32, panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
   const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
   const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
-  product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  auto middle = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     prefetch(residual, bytes, panel * rows + m, panel * rows + m + mr, panels_down * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
@@ -36,44 +37,62 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
         put<T>(a, m + r, col, act_as<T, A>(z), b - col);
       }
     }
-  });
-  // s is kept in the cache where nothing saves it; its rows' sums give the LayerNorm a first estimate of the mean.
+  };
+  if constexpr (Tiles<T>::apart) {
+    const RowsInPlace own{(const uint32_t*)((const T*)p.x + r0 * h), h / 2};
+    if (direct) product<T>(own, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
+    else product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
+  } else {
+    product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
+  }
+  // s is kept in the cache where nothing saves it; its rows' sums come from the product's epilogue.
   T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
-  F* totals = scr.get<F>(3, rows);
-  std::memset((void*)totals, 0, sizeof(F) * rows);
-  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  RowStatistics<T>* statistics = scr.get<RowStatistics<T>>(3, rows);
+  auto sums_of = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
+    const int64_t at = m * h + panel * 32, left = h - panel * 32;
+    const T* own = p.skip ? (const T*)p.x + r0 * h + at : nullptr;
+    const T* other = residual ? residual + at : nullptr;
+    F scale[kNV], bias[kNV];
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W, n = h - col;
-      if (n <= 0) break;
-      const F scale = p.scale ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
-      const F bias = p.b_up ? load_n(p.b_up + col, n) : F{};
-      const float* from = tile + v * W;
-      const T* own = p.skip ? (const T*)p.x + (r0 + m) * h + col : nullptr;
-      const T* other = residual ? residual + m * h + col : nullptr;
-      T* to = s + m * h + col;
-      if (n >= W && own && other && !keep) {  // the common case apart: nothing but arithmetic in its loop
-        for (int64_t r = 0; r < mr; ++r) {
-          const F sum = (load(from + r * 32) + bias) * scale + load(own + r * h) + load(other + r * h);
-          store(to + r * h, sum);
-          totals[m + r] = totals[m + r] + sum;
-        }
-        continue;
-      }
-      for (int64_t r = 0; r < mr; ++r) {
-        F sum = (load(from + r * 32) + bias) * scale;
-        if (keep) sum = dropped_n(sum, keep + (m + r) * keep_stride + col, p.drop.keep_scale, n);
-        if (own) sum = sum + load_n(own + r * h, n);
-        if (other) sum = sum + load_n(other + r * h, n);
-        store_n(to + r * h, sum, n);
-        totals[m + r] = totals[m + r] + tail_zeroed(sum, n);
-      }
+      scale[v] = p.scale && n > 0 ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
+      bias[v] = p.b_up && n > 0 ? load_n(p.b_up + col, n) : F{};
     }
-  });
+    if (left >= 32 && own && other && !keep) {  // the common case apart: nothing but arithmetic in its loop
+      for (int64_t r = 0; r < mr; ++r) {
+        F sums[kNV];
+#pragma GCC unroll 8
+        for (int v = 0; v < kNV; ++v)
+          sums[v] = (load(tile + r * 32 + v * W) + bias[v]) * scale[v] + load(own + r * h + v * W) +
+                    load(other + r * h + v * W);
+        store_row(s + at + r * h, sums);
+        statistics[m + r].add(panel == 0, sums, 32);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < mr; ++r) {
+      F sums[kNV] = {};
+      for (int v = 0; v < kNV && v * W < left; ++v) {
+        const int64_t n = left - v * W;
+        F sum = (load(tile + r * 32 + v * W) + bias[v]) * scale[v];
+        if (keep) sum = dropped_n(sum, keep + (m + r) * keep_stride + panel * 32 + v * W, p.drop.keep_scale, n);
+        if (own) sum = sum + load_n(own + r * h + v * W, n);
+        if (other) sum = sum + load_n(other + r * h + v * W, n);
+        store_n(s + at + r * h + v * W, sum, n);
+        sums[v] = sum;
+      }
+      statistics[m + r].add(panel == 0, sums, left);
+    }
+  };
+  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, sums_of);
   if (!p.norm_weight) return;
   with_whole(h, [&](auto whole) {
-    for (int64_t r = 0; r < rows; ++r)
-      normalise<whole>(s + r * h, h, sum(totals[r]) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + (r0 + r) * h);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = s + r * h;
+      normalise<whole>(row, h, statistics[r].template moments<whole>(row, h, p.eps), p.norm_weight, p.norm_bias,
+                       (T*)p.y + (r0 + r) * h);
+    }
   });
 }
 
@@ -83,7 +102,7 @@ void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
     int64_t blocks = (p.rows + kRows - 1) / kRows;
     blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
     parallel_for(parallel, blocks, [&](int64_t block) {
-      const int64_t r0 = p.rows * block / blocks, r1 = p.rows * (block + 1) / blocks;
+      const int64_t r0 = part_start<T>(p.rows, block, blocks), r1 = part_start<T>(p.rows, block + 1, blocks);
       bottleneck_forward_block<T, a.value>(p, r0, r1 - r0);
     });
   });
@@ -232,7 +251,8 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
     const int64_t blocks = (last - first + kRows - 1) / kRows;
     with_act(p.act, [&](auto a) {
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t r0 = first + (last - first) * i / blocks, r1 = first + (last - first) * (i + 1) / blocks;
+        const int64_t r0 = first + part_start<T>(last - first, i, blocks);
+        const int64_t r1 = first + part_start<T>(last - first, i + 1, blocks);
         bottleneck_backward_block<T, a.value>(p, r0, r1 - r0, grads);
       }
     });

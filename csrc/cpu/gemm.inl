@@ -5,11 +5,6 @@
 
 constexpr int64_t kBlock = 768;   // words of k in a row of a block
 constexpr int64_t kStride = 784;  // words between rows of an A block
-// Words of k in one pass over a tile. Longer sums are added up from partial ones, which keeps the rounding error of
-// float products at that of PyTorch's own; pairs round their inputs far more coarsely than that.
-template <bool Pairs>
-constexpr int64_t kPass = Pairs ? 384 : 256;
-constexpr int64_t kAhead = 48;  // rows of B that are asked for before they are multiplied, where that pays
 
 // How T is multiplied: as float words, or as pairs of bfloat16.
 template <class T>
@@ -41,8 +36,6 @@ FA_INLINE int64_t words_of(int64_t k) {
 
 // -- tiles: C[rows][kStrip] (+)= A[rows][kw] B[kw][kStrip] -----------------------------------------------------------
 
-constexpr int kNV = 32 / W;  // vectors in a panel's row
-
 template <bool Pairs>
 FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
 #if FA_BF16 == 1
@@ -55,9 +48,11 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
 }
 
 // Ldb: words between rows of B where that is known, which spares the loop its address arithmetic; 0 where it isn't.
+// ask: what is multiplied later; a cache line is asked for every four steps. A burst of requests would take all of the
+// few that a core may have under way, and A's own would wait.
 template <int MR, bool Pairs, int NV, int Ldb>
 __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb_, int64_t kw,
-                                    float* __restrict c, int64_t ldc, bool accumulate) {
+                                    float* __restrict c, int64_t ldc, bool accumulate, const char* ask) {
   const int64_t ldb = Ldb ? Ldb : ldb_;
   F acc[MR][NV];
 #pragma GCC unroll 16
@@ -75,15 +70,14 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
       for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
     }
   };
-  // Short vectors make the loop's own instructions weigh; four steps a turn share them.
-  constexpr int turn = W < 16 && Ldb ? 4 : 1;
+  constexpr int turn = Ldb ? 4 : 1;  // the loop's own instructions weigh; four steps share them
   int64_t k = 0;
   for (; k + turn <= kw; k += turn) {
 #pragma GCC unroll 4
     for (int j = 0; j < turn; ++j) step(j);
-    if constexpr (W == 16) {
-      __builtin_prefetch(b + kAhead * ldb, 0, 3);
-      __builtin_prefetch(b + kAhead * ldb + 16, 0, 3);
+    if constexpr (Ldb && W == 16) {
+      __builtin_prefetch(ask, 0, 2);
+      ask += 64;
     }
     b += turn * ldb;
     a += turn;
@@ -102,7 +96,7 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
     }
 }
 
-using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool);
+using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool, const char*);
 template <bool Pairs, int NV, int Ldb, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
   return {tile<M + 1, Pairs, NV, Ldb>...};
@@ -112,43 +106,54 @@ constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M..
 #include "amx.inl"
 #endif
 
+// `pass`: words of k in one pass over a tile. Longer sums are added up from partial ones, which keeps the rounding error
+// of float products at that of PyTorch's own; pairs round their inputs far more coarsely than that.
+// `whole`: a tile of few rows costs as much as one of all. `apart`: a unit of its own multiplies, so that other work can run
+// beside it.
 template <class T>
 struct Tiles {
   static constexpr int max_rows = FA_ROWS;
+  static constexpr int64_t pass = Operand<T>::pairs ? 384 : 256;
+  static constexpr bool whole = false, apart = false;
   struct Session {};
   // One strip.
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                  bool accumulate) {
-    vectors<kStrip<T> / W>(rows, a, b, ldb, kw, c, ldc, accumulate);
+                  bool accumulate, const void* ask = nullptr) {
+    vectors<kStrip<T> / W>(rows, a, b, ldb, kw, c, ldc, accumulate, ask);
   }
   // Of a strip the first W columns only.
   static void run_narrow(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                         bool accumulate) {
-    vectors<1>(rows, a, b, ldb, kw, c, ldc, accumulate);
+                         bool accumulate, const void* ask = nullptr) {
+    vectors<1>(rows, a, b, ldb, kw, c, ldc, accumulate, ask);
   }
 
  private:
   template <int NV>
   static void vectors(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                      bool accumulate) {
+                      bool accumulate, const void* ask) {
     using Rows = std::make_integer_sequence<int, FA_ROWS>;
     static constexpr auto packed = tiles_of<Operand<T>::pairs, NV, kStrip<T>>(Rows{});
     static constexpr auto loose = tiles_of<Operand<T>::pairs, NV, 0>(Rows{});
-    (ldb == kStrip<T> ? packed : loose)[rows - 1](a, b, ldb, kw, c, ldc, accumulate);
+    (ldb == kStrip<T> ? packed : loose)[rows - 1](a, b, ldb, kw, c, ldc, accumulate, (const char*)(ask ? ask : a));
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3
 template <>
 struct Tiles<bf16> {
   static constexpr int max_rows = 32;
+  // 16 KiB of A and as many of B: both stay in the first-level cache while they are multiplied.
+  static constexpr int64_t pass = 128;
+  static constexpr bool whole = true, apart = true;
   using Session = AmxSession;
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
-    amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
+    amx_tile<false>(rows, a, kStride, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {});
   }
-  static void run_narrow(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                         bool accumulate) {
-    amx_tile(rows, a, b, ldb, kw, c, ldc, accumulate);
+  template <class Beside>
+  static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
+                                   float* c, bool accumulate, Beside&& beside) {
+    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside);
+    else amx_tile<false>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside);
   }
 };
 #endif
@@ -162,8 +167,22 @@ struct ABlock {
   uint32_t* words;
   int64_t rows;  // padded
   uint32_t* row(int64_t m, int64_t kw) const { return words + ((kw / kBlock) * rows + m) * kStride + kw % kBlock; }
+  static constexpr int64_t stride() { return kStride; }
   static int64_t size(int64_t rows, int64_t kw) { return (kw + kBlock - 1) / kBlock * padded_rows(rows) * kStride; }
 };
+
+// Rows multiplied where they lie in memory, whole tiles of them.
+struct RowsInPlace {
+  const uint32_t* words;
+  int64_t words_a_row;
+  const uint32_t* row(int64_t m, int64_t kw) const { return words + m * words_a_row + kw; }
+  int64_t stride() const { return words_a_row; }
+};
+// Where that is possible, and the rows of a tile don't fall on few sets of the first-level cache.
+template <class T>
+FA_INLINE bool in_place(int64_t rows, int64_t k) {
+  return Tiles<T>::apart && rows % Tiles<T>::max_rows == 0 && k % 32 == 0 && k / 32 % 16 != 0;
+}
 
 // Element i of row m and those after it.
 template <class T>
@@ -214,10 +233,8 @@ FA_INLINE Pass packed_pass(int64_t a, const uint32_t* words, int64_t count) {
 // The passes over k of a product with one B, or with several below one another.
 template <class T>
 class Passes {
-  static constexpr int64_t kLength = kPass<Operand<T>::pairs>;
-
  public:
-  explicit Passes(int64_t start = 0) : start_(start) {}
+  explicit Passes(int64_t start = 0, int64_t length = Tiles<T>::pass) : start_(start), length_(length) {}
   // A B whose rows are ldb apart.
   void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
     add({0, b, panel_stride, kStrip<T>, ldb, words});
@@ -228,21 +245,22 @@ class Passes {
 
  private:
   void add(const Pass& all) {
-    for (int64_t k = 0; k < all.words; k += kLength) {
+    for (int64_t k = 0; k < all.words; k += length_) {
       Pass& pass = passes_[count_++] = all;
       pass.a = start_ + k;
       pass.b += k * all.ldb;
-      pass.words = std::min(kLength, all.words - k);
+      pass.words = std::min(length_, all.words - k);
     }
     start_ += (all.words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
   }
   Pass passes_[kMaxPasses];
   int count_ = 0;
-  int64_t start_;
+  int64_t start_, length_;
 };
+// Few columns get shorter passes: there BLAS sums in several chains, and rounds less.
 template <class T>
 FA_INLINE Passes<T> passes_of(const Packed& p) {
-  Passes<T> list;
+  Passes<T> list(0, p.n <= W ? std::min<int64_t>(128, Tiles<T>::pass) : Tiles<T>::pass);
   list.add_packed(p.words, words_of<T>(p.k));
   return list;
 }
@@ -265,61 +283,104 @@ struct RowTile {  // rows [m, m + rows) of a block, all of one slot
   int64_t m, rows;
   int slot;
 };
-// What is added to the rows of a slot beside the product that all rows share.
-struct Extra {
-  const Pass* passes;
-  int count;
+// Part i of `parts` of the rows: where it begins. Parts are alike, or whole tiles but for the last row's.
+template <class T>
+FA_INLINE int64_t part_start(int64_t rows, int64_t i, int64_t parts) {
+  constexpr int64_t unit = Tiles<T>::max_rows;
+  if (!Tiles<T>::whole || rows < parts * unit) return rows * i / parts;
+  return std::min(rows, (rows + unit - 1) / unit * i / parts * unit);
+}
+template <class T>
+FA_INLINE int64_t tiles_in(int64_t rows) { return (rows + Tiles<T>::max_rows - 1) / Tiles<T>::max_rows; }
+// Tile i of so many.
+template <class T>
+FA_INLINE RowTile tile_of(int64_t rows, int64_t i, int64_t tiles, int64_t first = 0, int slot = 0) {
+  if constexpr (Tiles<T>::whole) {
+    const int64_t m = i * Tiles<T>::max_rows;
+    return {first + m, std::min<int64_t>(Tiles<T>::max_rows, rows - m), slot};
+  }
+  const int64_t m = rows * i / tiles;
+  return {first + m, rows * (i + 1) / tiles - m, slot};
+}
+// Where a unit of its own multiplies, the epilogue of a tile runs beside the next one's product, some rows a step.
+struct Waiting {
+  int64_t panel = 0;
+  RowTile tile{0, 0, 0};
+  const float* c = nullptr;
+  template <class Epilogue>
+  FA_INLINE void some(int64_t step, int64_t share, Epilogue&& epilogue) const {
+    const int64_t from = step * share, rows = std::min(share, tile.rows - from);
+    if (rows > 0) epilogue(panel, RowTile{tile.m + from, rows, tile.slot}, c + from * 32);
+  }
 };
-// For every tile of the product of A's rows with panels [first, last): epilogue(panel, tile, c) with c [rows][32].
-// tile_at(i) is the i-th of `blocks` tiles; `extras` is indexed by slot, or null; `columns` are the whole product's.
-template <class T, class TileAt, class Epilogue>
-FA_INLINE void product_of_tiles(const ABlock& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k,
-                                const Extra* extras, int64_t columns, int64_t first, int64_t last, float* c,
-                                Epilogue&& epilogue) {
+// For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
+// [rows][32], then epilogue(panel, tile, c), which may not multiply and may come in parts of a tile's rows.
+// tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
+template <class T, class Rows, class TileAt, class Add, class Epilogue>
+FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
+                                int64_t first, int64_t last, float* c, Add&& add, Epilogue&& epilogue) {
   using Tl = Tiles<T>;
   [[maybe_unused]] typename Tl::Session session{};
+  [[maybe_unused]] Waiting waiting;
   for (int64_t panel = first; panel < last; ++panel) {
     for (int i_pass = 0; i_pass < k.count(); ++i_pass) {
       const Pass& pass = k[i_pass];
       const uint32_t* b = pass.b + panel * pass.panel_stride;
       const int64_t wanted = std::min<int64_t>(32, columns - panel * 32);
-      const int strips = (int)((wanted + kStrip<T> - 1) / kStrip<T>);
-      const auto run = wanted <= W ? Tl::run_narrow : Tl::run;
-      // While this piece of B is multiplied, memory brings the one that follows it.
+      [[maybe_unused]] const int strips = (int)((wanted + kStrip<T> - 1) / kStrip<T>);
       const bool more = i_pass + 1 < k.count();
-      const Pass& next_pass = k[more ? i_pass + 1 : 0];
-      const uint32_t* next = next_pass.b + (more ? panel : std::min(panel + 1, last - 1)) * next_pass.panel_stride;
-      for (int strip = 0; strip < strips; ++strip) {
-        const bool ready = !more && strip == strips - 1;
+      // While this piece of B is multiplied, memory brings the one that follows it.
+      const Pass& next = k[more ? i_pass + 1 : 0];
+      const auto* ask = (const char*)(next.b + (more ? panel : std::min(panel + 1, last - 1)) * next.panel_stride);
+      [[maybe_unused]] const int64_t lines = next.ldb == kStrip<T> ? next.words * kStrip<T> / 16 : 0;  // of a strip
+      if constexpr (Tl::apart) {
         for (int64_t i = 0; i < blocks; ++i) {
           const RowTile t = tile_at(i);
           float* tile = c + i * Tl::max_rows * 32;
-          if (next_pass.ldb == kStrip<T>)
-            prefetch(next + strip * next_pass.strip_stride, next_pass.words * kStrip<T> * 4, i, i + 1, blocks);
-          run((int)t.rows, a.row(t.m, pass.a), b + strip * pass.strip_stride, pass.ldb, pass.words,
-              tile + strip * kStrip<T>, 32, i_pass > 0);
-          if (!ready) continue;
-          if (extras)
-            for (int e = 0; e < extras[t.slot].count; ++e) {
-              const Pass& extra = extras[t.slot].passes[e];
-              multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
-            }
-          epilogue(panel, t, tile);
+          const int64_t steps = pass.words / 16, share = (waiting.tile.rows + steps - 1) / steps;
+          const int64_t asks = lines / (blocks * steps);
+          const char* asked = ask + lines * i / blocks * 64;
+          Tl::run_beside(wanted <= W, (int)t.rows, a.row(t.m, pass.a), a.stride(), b, pass.words, tile, i_pass > 0,
+                         [&](int64_t step, int64_t) __attribute__((always_inline)) {
+            // Every fourth line: the core foresees those between.
+            for (int64_t line = 0; line < asks; line += 4) __builtin_prefetch(asked + (step * asks + line) * 64, 0, 2);
+            waiting.some(step, share, epilogue);
+          });
+          waiting.tile.rows = 0;
+          if (more) continue;
+          add(panel, t, tile);
+          waiting = {panel, t, tile};
+        }
+      } else {
+        const auto run = wanted <= W ? Tl::run_narrow : Tl::run;
+        for (int strip = 0; strip < strips; ++strip) {
+          const bool ready = !more && strip == strips - 1;
+          for (int64_t i = 0; i < blocks; ++i) {
+            const RowTile t = tile_at(i);
+            float* tile = c + i * Tl::max_rows * 32;
+            run((int)t.rows, a.row(t.m, pass.a), b + strip * pass.strip_stride, pass.ldb, pass.words,
+                tile + strip * kStrip<T>, 32, i_pass > 0,
+                lines ? ask + strip * next.strip_stride * 4 + lines * i / blocks * 64 : nullptr);
+            if (!ready) continue;
+            add(panel, t, tile);
+            epilogue(panel, t, tile);
+          }
         }
       }
     }
   }
+  if constexpr (Tl::apart) waiting.some(0, waiting.tile.rows, epilogue);
 }
+struct NothingToAdd {
+  void operator()(int64_t, const RowTile&, float*) const {}
+};
 // The same over all rows, with nothing to add; epilogue(panel, m, rows, c).
-template <class T, class Epilogue>
-FA_INLINE void product(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
+template <class T, class Rows, class Epilogue>
+FA_INLINE void product(const Rows& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
                        Epilogue&& epilogue) {
-  const int64_t blocks = (rows + Tiles<T>::max_rows - 1) / Tiles<T>::max_rows;
-  auto tile_at = [&](int64_t i) -> RowTile {
-    const int64_t m = rows * i / blocks;
-    return {m, rows * (i + 1) / blocks - m, 0};
-  };
-  product_of_tiles<T>(a, blocks, tile_at, k, nullptr, last * 32, first, last, c,
+  const int64_t tiles = tiles_in<T>(rows);
+  product_of_tiles<T>(a, tiles, [&](int64_t i) { return tile_of<T>(rows, i, tiles); }, k, last * 32, first, last, c,
+                      NothingToAdd{},
                       [&](int64_t panel, const RowTile& t, const float* tile) { epilogue(panel, t.m, t.rows, tile); });
 }
 // The product into out [rows][ldo], which has room for 32 more rows and for whole panels.
@@ -329,12 +390,12 @@ FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, i
   using Tl = Tiles<T>;
   if (k.count() == 1) {  // a tile may write rows past its own: the next one, made later, puts them right
     [[maybe_unused]] typename Tl::Session session{};
-    const int64_t blocks = (rows + Tl::max_rows - 1) / Tl::max_rows;
+    const int64_t tiles = tiles_in<T>(rows);
     for (int64_t panel = 0; panel < panels; ++panel) {
       before_panel(panel);
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t m = rows * i / blocks, n = rows * (i + 1) / blocks - m;
-        multiply_panel<T>((int)n, a.row(m, 0), k[0], panel, out + m * ldo + panel * 32, ldo, false);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const RowTile t = tile_of<T>(rows, i, tiles);
+        multiply_panel<T>((int)t.rows, a.row(t.m, 0), k[0], panel, out + t.m * ldo + panel * 32, ldo, false);
       }
     }
     return;

@@ -123,7 +123,7 @@ struct BottleneckBackward {
 
 // Rows that differ in their adapter: the parameters of every slot, which share type, rows, hidden and eps. A slot of
 // b = 0 has no adapter: y = LN([x if skip] + [residual]), and in backward the dx of its rows is zero without the skip.
-constexpr int64_t kBottleneckRows = 56;  // rows in a block: four tiles of 14
+constexpr int64_t kBottleneckRows = 64;  // rows in a block
 struct SlotBlock {
   int64_t r0, rows;
   int slot;
@@ -218,7 +218,7 @@ struct MergeRows {  // w += t a or w -= t a, rounded once
 constexpr int64_t kPanel = 32;
 constexpr int64_t kMaxAttentionLength = 768;
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int kMaxPasses = 256;  // passes of 256 words: 65,536 floats of k
+constexpr int kMaxPasses = 512;  // passes of 128 words or more: 65,536 floats of k
 
 struct Table {
   const char* name;

@@ -4,18 +4,23 @@
 // once into an A block, the panels of the weights pass by it, and the epilogue works on tiles that are still in L1.
 // A LoRA is a few more words of k: s = scale x A^T stands behind x in the block, B^T behind W.
 
-// Rows in a chunk: x's chunk comes from the second or third level cache again for every panel.
-inline int64_t chunk_rows(int64_t rows, int64_t kw) {
-  constexpr int64_t words = 260 * 1024;
+// Rows in a chunk: x's chunk comes from the second or third level cache again for every panel, and the weights from the
+// third or from memory again for every chunk. The faster the product, the more rows a weight has to serve.
+template <class T>
+int64_t chunk_rows(int64_t rows, int64_t kw) {
+  constexpr bool fast = Tiles<T>::whole;
+  constexpr int64_t words = (fast ? 288 : 260) * 1024, most = fast ? 512 : 168;
   if (rows <= 128) return rows;
-  return std::max<int64_t>(28, std::min<int64_t>(168, words / kw));
+  return std::max<int64_t>(32, std::min(most, words / kw) / Tiles<T>::max_rows * Tiles<T>::max_rows);
 }
 
 struct Split {
   int64_t chunks, columns;  // tasks = chunks * columns
 };
-inline Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
-  int64_t chunks = (rows + chunk_rows(rows, kw) - 1) / chunk_rows(rows, kw);
+template <class T>
+Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
+  const int64_t each = chunk_rows<T>(rows, kw);
+  int64_t chunks = (rows + each - 1) / each;
   if (chunks >= threads) {
     chunks = std::min(rows, (chunks + threads - 1) / threads * threads);
     return {chunks, 1};
@@ -59,14 +64,10 @@ struct TileList {
 };
 template <class T>
 TileList tiles_of_chunk(const LowRanks& low, int64_t all_rows, int64_t r0, int64_t rows, int scratch_slot) {
-  constexpr int64_t most = Tiles<T>::max_rows;
   TileList list{scratch().get<RowTile>(scratch_slot, rows), 0};
   for_runs(low, all_rows, r0, rows, [&](int64_t first, int64_t count, int slot) {
-    const int64_t blocks = (count + most - 1) / most;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t m = count * i / blocks;
-      list.tiles[list.count++] = {first + m, count * (i + 1) / blocks - m, slot};
-    }
+    const int64_t tiles = tiles_in<T>(count);
+    for (int64_t i = 0; i < tiles; ++i) list.tiles[list.count++] = tile_of<T>(count, i, tiles, first, slot);
   });
   return list;
 }
@@ -88,6 +89,20 @@ int64_t place(const LowRanks& low, int64_t start, int64_t* at) {
     end = std::max(end, next);
   }
   return end;
+}
+// What is added to the rows of a slot beside the product that all rows share.
+struct Extra {
+  const Pass* passes;
+  int count;
+};
+// Adds those of a tile's slot to it; `extras` is null where nothing is to be added.
+template <class T>
+FA_INLINE void add_extras(const ABlock& a, const Extra* extras, int64_t panel, const RowTile& t, float* tile) {
+  if (!extras) return;
+  for (int e = 0; e < extras[t.slot].count; ++e) {
+    const Pass& extra = extras[t.slot].passes[e];
+    multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+  }
 }
 // The passes that LoRAs chosen by `wanted` add, by slot.
 template <class T, class Wanted>
@@ -120,8 +135,8 @@ void low_product(const LowRank& l, const ABlock& from, int64_t start, const ABlo
   constexpr int64_t per = Operand<T>::per_word;
   Passes<T> k(start);
   k.add_packed(l.down.words, words_of<T>(l.down.k));
-  product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, nullptr, l.rank, 0,
-                      (l.rank + 31) / 32, c, [&](int64_t panel, const RowTile& t, const float* tile) {
+  product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, l.rank, 0,
+                      (l.rank + 31) / 32, c, NothingToAdd{}, [&](int64_t panel, const RowTile& t, const float* tile) {
     for (int64_t r = 0; r < t.rows; ++r) {
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W, n = l.rank - col;
@@ -226,7 +241,8 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   const int64_t words = place<T>(low, kw, at);
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
   float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
-  for (int64_t r = 0; r < rows; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
+  const bool direct = low.count == 0 && in_place<T>(rows, p.k);
+  for (int64_t r = 0; r < rows && !direct; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
   for (int i = 0; i < low.count; ++i) {
     const LowRank& l = low.loras[i];
     ABlock from = a;
@@ -250,6 +266,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   }
   Pass* passes = s.get<Pass>(7, low.count);
   Extra* extras = s.get<Extra>(8, low.slots);
+  const bool stream = streams(p.y, p.rows, p.n * (int64_t)sizeof(T));
   const int64_t bytes = rows * p.k * (int64_t)sizeof(T);
   const void* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * p.k : nullptr;
   int64_t offset = 0;
@@ -257,11 +274,29 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
     const Extra* extra =
         low.count ? extras_of<T>(low, at, passes, extras, [&](const LowRank& l) { return l.owner == w; }) : nullptr;
-    product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]), extra,
-                        panels * 32, panels * column / columns, panels * (column + 1) / columns, c,
-                        [&](int64_t panel, const RowTile& t, const float* tile) {
+    auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
       const int64_t m = t.m, mr = t.rows;
       if (w == 0) prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
+      // The common cases apart: nothing but arithmetic in their loops.
+      if (n - panel * 32 >= 32 && !keep && !p.z) {
+        const int64_t col = offset + panel * 32;
+        F bias[kNV];
+        for (int v = 0; v < kNV; ++v) bias[v] = p.bias ? load(p.bias + t.slot * p.n + col + v * W) : F{};
+        T* y = (T*)p.y + (r0 + m) * p.n + col;
+        uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
+        auto rows_to = [&](auto&& value) {
+          for (int64_t r = 0; r < mr; ++r) {
+            F values[kNV];
+#pragma GCC unroll 8
+            for (int v = 0; v < kNV; ++v) values[v] = value(r, v, load(tile + r * 32 + v * W) + bias[v]);
+            if (stream) stream_row(y + r * p.n, values);
+            else store_row(y + r * p.n, values);
+          }
+        };
+        if (code) rows_to([&](int64_t r, int v, F x) { return act_with_code<T, A>(x, code + r * p.n + v * W); });
+        else rows_to([](int64_t, int, F x) { return act_as<T, A>(x); });
+        return;
+      }
       for (int v = 0; v < kNV; ++v) {
         const int64_t local = panel * 32 + v * W, valid = n - local, col = offset + local;
         if (valid <= 0) break;
@@ -270,18 +305,6 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         T* y = (T*)p.y + (r0 + m) * p.n + col;
         T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
         uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
-        // The common cases apart: nothing but arithmetic in their loops.
-        if (valid >= W && !keep && !z && !code) {
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < mr; ++r) store(y + r * p.n, act_as<T, A>(load(from + r * 32) + bias));
-          continue;
-        }
-        if (valid >= W && !keep && code) {
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < mr; ++r)
-            store(y + r * p.n, act_with_code<T, A>(load(from + r * 32) + bias, code + r * p.n));
-          continue;
-        }
         if (valid >= W && keep && A == Act::none && p.n % 32 == 0) {
           const int8_t* kept = keep + m * keep_stride + col;
           for (int64_t r = 0; r < mr; ++r)
@@ -298,17 +321,31 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
           store_n(y + r * p.n, after, valid);
         }
       }
-    });
+    };
+    auto multiply = [&](const auto& from) {
+      product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]),
+                          panels * 32, panels * column / columns, panels * (column + 1) / columns, c,
+                          [&](int64_t panel, const RowTile& t, float* tile) { add_extras<T>(a, extra, panel, t, tile); },
+                          epilogue);
+    };
+    if constexpr (Tiles<T>::apart) {
+      if (direct) multiply(RowsInPlace{(const uint32_t*)((const T*)p.x + r0 * p.k), p.k / 2});
+      else multiply(a);
+    } else {
+      multiply(a);
+    }
     offset += n;
   }
+  if (stream) end_of_stream();
 }
 
 template <class T>
 void linear_forward_typed(const LinearForward& p, Parallel parallel) {
   with_act(p.act, [&](auto a) {
-    const Split s = split(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    const Split s = split<T>(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
     parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
-      const int64_t chunk = task / s.columns, r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
+      const int64_t chunk = task / s.columns, r0 = part_start<T>(p.rows, chunk, s.chunks);
+      const int64_t r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
       linear_forward_chunk<T, a.value>(p, r0, r1 - r0, task % s.columns, s.columns);
     });
   });
@@ -467,26 +504,28 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   const void* next_dy = more ? (const T*)p.dy + after : nullptr;
   const void* next_code = more && p.code ? p.code + after : nullptr;
   const void* next_z = more && p.z ? (const T*)p.z + after : nullptr;
-  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, extras, panels * 32,
+  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
                       panels * column / columns, panels * (column + 1) / columns, c,
                       [&](int64_t panel, const RowTile& t, float* tile) {
-    const int64_t m = t.m, mr = t.rows, from = panel * rows + m, to = from + mr;
-    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
-    prefetch(next_code, elements, from, to, panels * rows);
-    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
+    add_extras<T>(a, extras, panel, t, tile);
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
       if (!l.drop.on || l.slot != t.slot) continue;
       const Pass up = packed_pass<T>(at[i], l.up.words, words_of<T>(l.rank));
-      multiply_panel<T>((int)mr, a.row(m, at[i]), up, panel, apart, 32, false);
-      const int8_t* mask = kept_of(i) + m * x_stride + panel * 32;
-      for (int64_t r = 0; r < mr; ++r)
+      multiply_panel<T>((int)t.rows, a.row(t.m, at[i]), up, panel, apart, 32, false);
+      const int8_t* mask = kept_of(i) + t.m * x_stride + panel * 32;
+      for (int64_t r = 0; r < t.rows; ++r)
         for (int v = 0; v < kNV && panel * 32 + v * W < p.n; ++v) {
           float* sum = tile + r * 32 + v * W;
           const F share = dropped_n(load(apart + r * 32 + v * W), mask + r * x_stride + v * W, l.drop.keep_scale, W);
           store(sum, load(sum) + share);
         }
     }
+  }, [&](int64_t panel, const RowTile& t, const float* tile) {
+    const int64_t m = t.m, mr = t.rows, from = panel * rows + m, to = from + mr;
+    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
+    prefetch(next_code, elements, from, to, panels * rows);
+    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= p.n) break;
@@ -500,11 +539,11 @@ template <class T>
 void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
   const LinearGrads layout(p);
   with_act(p.act, [&](auto a) {
-    const Split s = split(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    const Split s = split<T>(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
     if (!LinearGrads::weights(p) && !p.dbias) {
       parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
         const int64_t chunk = task / s.columns, column = task % s.columns;
-        const int64_t r0 = p.rows * chunk / s.chunks, r1 = p.rows * (chunk + 1) / s.chunks;
+        const int64_t r0 = part_start<T>(p.rows, chunk, s.chunks), r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
         linear_backward_chunk<T, a.value>(p, r0, r1 - r0, column, s.columns, layout, nullptr);
       });
       return;
@@ -516,9 +555,9 @@ void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
       float* grads = shares + part * size;
       std::memset(grads, 0, sizeof(float) * size);
       const int64_t first = p.rows * part / parts, count = p.rows * (part + 1) / parts - first;
-      const int64_t most = chunk_rows(p.rows, words_of<T>(p.k)), chunks = (count + most - 1) / most;
+      const int64_t most = chunk_rows<T>(p.rows, words_of<T>(p.k)), chunks = (count + most - 1) / most;
       for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t r0 = first + count * i / chunks, r1 = first + count * (i + 1) / chunks;
+        const int64_t r0 = first + part_start<T>(count, i, chunks), r1 = first + part_start<T>(count, i + 1, chunks);
         linear_backward_chunk<T, a.value>(p, r0, r1 - r0, 0, 1, layout, grads);
       }
     });

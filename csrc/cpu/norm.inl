@@ -19,13 +19,13 @@ FA_INLINE float sum4(const F* t) { return sum((t[0] + t[1]) + (t[2] + t[3])); }
 
 FA_INLINE F tail_zeroed(F v, int64_t valid) {
   if (valid < W)
-    for (int64_t l = valid; l < W; ++l) v[l] = 0.0f;
+    for (int64_t l = std::max<int64_t>(valid, 0); l < W; ++l) v[l] = 0.0f;
   return v;
 }
 // Mean and reciprocal deviation of a row, given the mean's first estimate. A second pass, because E[s^2] - E[s]^2
 // cancels; it also finds what rounding left in the estimate.
 template <bool Whole, class S>
-FA_INLINE Moments moments(const S* s, int64_t n, float estimate, float eps) {
+FA_INLINE Moments row_moments(const S* s, int64_t n, float estimate, float eps) {
   F left[4] = {}, squares[4] = {};
   four_chains(n, [&](int64_t i, int chain) {
     F d = load_n<Whole>(s + i, n - i) - estimate;
@@ -37,13 +37,56 @@ FA_INLINE Moments moments(const S* s, int64_t n, float estimate, float eps) {
   return {estimate + shift, 1.0f / std::sqrt(sum4(squares) / (float)n - shift * shift + eps)};
 }
 template <bool Whole, class S, class T>
-FA_INLINE void normalise(const S* s, int64_t n, float mean, const float* weight, const float* bias, float eps, T* y) {
-  const Moments m = moments<Whole>(s, n, mean, eps);
+FA_INLINE void normalise(const S* s, int64_t n, const Moments& m, const float* weight, const float* bias, T* y) {
   four_chains(n, [&](int64_t i, int) {
     const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd;
     store_n<Whole>(y + i, x * load_n<Whole>(weight + i, n - i) + load_n<Whole>(bias + i, n - i), n - i);
   });
 }
+
+// What a row's moments are made of, taken while its elements are in registers, 32 columns at a time.
+template <class T>
+struct RowStatistics {  // float: an estimate of the mean; the row is passed over again
+  F total;
+  FA_INLINE void add(bool first, const F (&v)[kNV], int64_t valid) {
+    F t = first ? F{} : total;
+    for (int i = 0; i < kNV; ++i) t = t + tail_zeroed(v[i], valid - i * W);
+    total = t;
+  }
+  template <bool Whole>
+  FA_INLINE Moments moments(const T* row, int64_t n, float eps) const {
+    return row_moments<Whole>(row, n, sum(total) / (float)n, eps);
+  }
+};
+// bfloat16: sums of distances from the mean of the first 32 columns, and of their squares. What cancels between them is far
+// below what rounding the row's elements does, unless those 32 are hundreds of deviations away from the others.
+template <>
+struct RowStatistics<bf16> {
+  F total, squares;
+  float origin;
+  FA_INLINE void add(bool first, const F (&v)[kNV], int64_t valid) {
+    F t = total, q = squares;
+    if (first) {
+      F all = F{};
+      for (int i = 0; i < kNV; ++i) all = all + tail_zeroed(v[i], valid - i * W);
+      origin = sum(all) / (float)std::min<int64_t>(32, valid);
+      t = q = F{};
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kNV; ++i) {
+      const F d = tail_zeroed(v[i] - origin, valid - i * W);
+      t = t + d;
+      q = q + d * d;
+    }
+    total = t;
+    squares = q;
+  }
+  template <bool Whole>
+  FA_INLINE Moments moments(const bf16*, int64_t n, float eps) const {
+    const float shift = sum(total) / (float)n, variance = sum(squares) / (float)n - shift * shift;
+    return {origin + shift, 1.0f / std::sqrt(std::max(variance, 0.0f) + eps)};
+  }
+};
 
 // Sums over rows run in two steps, so that a long sum rounds no worse than PyTorch's: kNear rows into `near`, those
 // into `far`. Both have the length `size`.
@@ -72,7 +115,7 @@ FA_INLINE void norm_backward_row(const T* dy, const T* s_row, float* s, int64_t 
     total[chain] = total[chain] + v;
     store_n<Whole>(s + i, v, n - i);
   });
-  const Moments m = moments<Whole>(s, n, sum4(total) / (float)n, eps);
+  const Moments m = row_moments<Whole>(s, n, sum4(total) / (float)n, eps);
   four_chains(n, [&](int64_t i, int chain) {
     const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd, g = load_n<Whole>(dy + i, n - i);
     const F d = g * load_n<Whole>(weight + i, n - i);
@@ -121,7 +164,8 @@ void add_norm_forward_rows(const AddNormForward& p, int64_t first, int64_t last)
         store_n<whole>(sums + i, v, h - i);
         if (s) store_n<whole>(s + i, v, h - i);
       });
-      normalise<whole>(sums, h, sum4(total) / (float)h, p.norm_weight, p.norm_bias, p.eps, (T*)p.y + r * h);
+      const Moments m = row_moments<whole>(sums, h, sum4(total) / (float)h, p.eps);
+      normalise<whole>(sums, h, m, p.norm_weight, p.norm_bias, (T*)p.y + r * h);
     }
   });
 }

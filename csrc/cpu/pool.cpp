@@ -16,13 +16,15 @@
 namespace fastadapt::cpu {
 namespace {
 
-constexpr size_t kSmall = size_t{1} << 20;  // below, malloc recycles well by itself
-constexpr size_t kUnit = size_t{2} << 20;   // a huge page
+constexpr size_t kSmall = size_t{32} << 10;   // below, malloc recycles well by itself
+constexpr size_t kMedium = size_t{1} << 20;   // below, blocks are multiples of kSmall on ordinary pages
+constexpr size_t kHuge = size_t{2} << 20;     // a huge page; larger blocks are multiples of it
 
 class Pool final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t rounded = (bytes + kUnit - 1) / kUnit * kUnit;
+    const bool huge = bytes >= kMedium;
+    const size_t unit = huge ? kHuge : kSmall, rounded = (bytes + unit - 1) / unit * unit;
     void* p = nullptr;
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -34,10 +36,10 @@ class Pool final : public c10::Allocator {
       }
     }
     if (p == nullptr) {
-      p = std::aligned_alloc(kUnit, rounded);
+      p = std::aligned_alloc(huge ? kHuge : 64, rounded);
       TORCH_CHECK_WITH(OutOfMemoryError, p != nullptr, "fastadapt could not allocate ", rounded, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-      madvise(p, rounded, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+      if (huge) madvise(p, rounded, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
     }
     auto* block = new Block{p, rounded};

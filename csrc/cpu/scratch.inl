@@ -1,8 +1,8 @@
 // Work memory that outlives a call: fresh pages cost more than the arithmetic that first touches them.
 // One copy an instruction set, because an inline function shared between them would be compiled for only one.
 inline void* allocate_pages(size_t bytes) {
-  constexpr size_t huge = size_t{2} << 20;
-  const size_t alignment = bytes >= huge ? huge : 64;
+  constexpr size_t huge = size_t{2} << 20, least = size_t{128} << 10;  // what lies on many small pages is found slowly
+  const size_t alignment = bytes >= least ? huge : 64;
   void* p = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (p == nullptr) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

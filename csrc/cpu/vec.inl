@@ -63,6 +63,47 @@ FA_INLINE void store_n(T* p, F v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// 32 values of a row.
+constexpr int kNV = 32 / W;
+FA_INLINE void store_row(float* p, const F (&v)[kNV]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kNV; ++i) store(p + i * W, v[i]);
+}
+FA_INLINE void store_row(bf16* p, const F (&v)[kNV]) {
+#if FA_BF16 == 1 || FA_BF16 == 2
+  const __m512bh h = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  std::memcpy(p, &h, sizeof h);
+#else
+#pragma GCC unroll 8
+  for (int i = 0; i < kNV; ++i) store(p + i * W, v[i]);
+#endif
+}
+// The same past the caches, for a result too large to be found there again: a store that misses them brings its line
+// first, and everything waits for it. Whole lines only.
+constexpr int64_t kStreamed = int64_t{8} << 20;
+#if FA_WIDTH == 16
+FA_INLINE bool streams(const void* p, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamed && row_bytes % 64 == 0 && (uintptr_t)p % 64 == 0;
+}
+FA_INLINE void stream_row(float* p, const F (&v)[kNV]) {
+  _mm512_stream_ps(p, (__m512)v[0]);
+  _mm512_stream_ps(p + W, (__m512)v[1]);
+}
+FA_INLINE void stream_row(bf16* p, const F (&v)[kNV]) {
+  bf16 row[32];
+  store_row(row, v);
+  __m512i line;
+  std::memcpy(&line, row, sizeof line);
+  _mm512_stream_si512((__m512i*)p, line);
+}
+FA_INLINE void end_of_stream() { _mm_sfence(); }
+#else
+FA_INLINE bool streams(const void*, int64_t, int64_t) { return false; }
+template <class T>
+FA_INLINE void stream_row(T* p, const F (&v)[kNV]) { store_row(p, v); }
+FA_INLINE void end_of_stream() {}
+#endif
+
 // The same where it is known that every vector of a row is whole.
 template <bool Whole, class T>
 FA_INLINE F load_n(const T* p, int64_t n) {
@@ -93,6 +134,9 @@ template <> FA_INLINE F rounded<bf16>(F v) {
 }
 
 FA_INLINE float sum(F v) {
+#if FA_WIDTH == 16
+  return _mm512_reduce_add_ps((__m512)v);  // halves onto each other, as below
+#endif
   float lanes[W];
   store(lanes, v);
   for (int step = W / 2; step > 0; step /= 2)
