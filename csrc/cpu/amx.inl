@@ -55,10 +55,11 @@ inline void emulated_dp(int c, int a, int b) {
 
 // Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B; Narrow leaves out the second half of
 // the columns. A's rows past `rows` are read (the block is padded) and only make rows of c that nobody looks at, within
-// c's padding. beside(step, steps) runs after each step of k, while the tile unit computes.
-template <bool Narrow, class Beside>
+// c's padding. beside(step, steps) runs after each step of k, while the tile unit computes; further(two) may multiply more
+// into the sums before they are stored.
+template <bool Narrow, class Beside, class Further>
 FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
-                        int64_t ldc, bool accumulate, Beside&& beside) {
+                        int64_t ldc, bool accumulate, Beside&& beside, Further&& further) {
   const int64_t a_stride = lda * 4;
   const int64_t c_stride = ldc * 4;
   const bool two = rows > 16;
@@ -92,10 +93,27 @@ FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t
     }
     beside(k / 16, steps);
   }
+  further(two);
   FA_TILE_STORE(0, c, c_stride);
   if (!Narrow) FA_TILE_STORE(1, c + 16, c_stride);
   if (two) {
     FA_TILE_STORE(2, c + 16 * ldc, c_stride);
     if (!Narrow) FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
+  }
+}
+
+// More words of k for the sums of a tile, from other matrices.
+FA_INLINE void amx_multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
+  for (int64_t k = 0; k < kw; k += 16) {
+    FA_TILE_LOAD(4, a + k, kStride * 4);
+    FA_TILE_LOAD(6, b + k * 32, 128);
+    FA_TILE_DP(0, 4, 6);
+    FA_TILE_LOAD(7, b + k * 32 + 16, 128);
+    FA_TILE_DP(1, 4, 7);
+    if (two) {
+      FA_TILE_LOAD(5, a + 16 * kStride + k, kStride * 4);
+      FA_TILE_DP(2, 5, 6);
+      FA_TILE_DP(3, 5, 7);
+    }
   }
 }

@@ -38,13 +38,9 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
       }
     }
   };
-  if constexpr (Tiles<T>::apart) {
-    const RowsInPlace own{(const uint32_t*)((const T*)p.x + r0 * h), h / 2};
-    if (direct) product<T>(own, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
-    else product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
-  } else {
-    product<T>(x, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
-  }
+  with_rows<T>(direct, (const T*)p.x + r0 * h, h, x, [&](const auto& from) {
+    product<T>(from, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
+  });
   // s is kept in the cache where nothing saves it; its rows' sums come from the product's epilogue.
   T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
   RowStatistics<T>* statistics = scr.get<RowStatistics<T>>(3, rows);

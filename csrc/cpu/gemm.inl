@@ -147,13 +147,17 @@ struct Tiles<bf16> {
   using Session = AmxSession;
   static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
                   bool accumulate) {
-    amx_tile<false>(rows, a, kStride, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {});
+    amx_tile<false>(rows, a, kStride, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {}, [](bool) {});
   }
-  template <class Beside>
+  template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
-                                   float* c, bool accumulate, Beside&& beside) {
-    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside);
-    else amx_tile<false>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside);
+                                   float* c, bool accumulate, Beside&& beside, Further&& further) {
+    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, [](bool) {});
+    else amx_tile<false>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, further);
+  }
+  // More words of k, while the sums of a tile are still in registers.
+  static FA_INLINE void multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
+    amx_multiply_more(two, a, b, kw);
   }
 };
 #endif
@@ -182,6 +186,15 @@ struct RowsInPlace {
 template <class T>
 FA_INLINE bool in_place(int64_t rows, int64_t k) {
   return Tiles<T>::apart && rows % Tiles<T>::max_rows == 0 && k % 32 == 0 && k / 32 % 16 != 0;
+}
+
+// fn(rows) for k elements a row of x in place, or for the block.
+template <class T, class Fn>
+FA_INLINE void with_rows([[maybe_unused]] bool direct, [[maybe_unused]] const T* x, [[maybe_unused]] int64_t k,
+                         const ABlock& block, Fn&& fn) {
+  if constexpr (Tiles<T>::apart)
+    if (direct) return fn(RowsInPlace{(const uint32_t*)x, k / Operand<T>::per_word});
+  fn(block);
 }
 
 // Element i of row m and those after it.
@@ -314,7 +327,7 @@ struct Waiting {
   }
 };
 // For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
-// [rows][32], then epilogue(panel, tile, c), which may not multiply and may come in parts of a tile's rows.
+// [rows][32] (and may have done so while_in_registers, where the columns are more than W), then epilogue(panel, tile, c), which may not multiply and may come in parts of a tile's rows.
 // tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
 template <class T, class Rows, class TileAt, class Add, class Epilogue>
 FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
@@ -345,6 +358,8 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
             // Every fourth line: the core foresees those between.
             for (int64_t line = 0; line < asks; line += 4) __builtin_prefetch(asked + (step * asks + line) * 64, 0, 2);
             waiting.some(step, share, epilogue);
+          }, [&](bool two) __attribute__((always_inline)) {
+            if (!more) add.while_in_registers(two, panel, t);
           });
           waiting.tile.rows = 0;
           if (more) continue;
@@ -372,6 +387,7 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
   if constexpr (Tl::apart) waiting.some(0, waiting.tile.rows, epilogue);
 }
 struct NothingToAdd {
+  void while_in_registers(bool, int64_t, const RowTile&) const {}
   void operator()(int64_t, const RowTile&, float*) const {}
 };
 // The same over all rows, with nothing to add; epilogue(panel, m, rows, c).

@@ -71,6 +71,12 @@ TileList tiles_of_chunk(const LowRanks& low, int64_t all_rows, int64_t r0, int64
   });
   return list;
 }
+template <class T>
+bool all_whole(const TileList& list) {
+  for (int64_t i = 0; i < list.count; ++i)
+    if (list.tiles[i].rows != Tiles<T>::max_rows) return false;
+  return true;
+}
 // Floats of scratch for the c of so many tiles.
 template <class T>
 int64_t tile_scratch_of(const TileList& list) { return (list.count + 1) * Tiles<T>::max_rows * 32 + 1024; }
@@ -95,15 +101,29 @@ struct Extra {
   const Pass* passes;
   int count;
 };
-// Adds those of a tile's slot to it; `extras` is null where nothing is to be added.
-template <class T>
-FA_INLINE void add_extras(const ABlock& a, const Extra* extras, int64_t panel, const RowTile& t, float* tile) {
-  if (!extras) return;
-  for (int e = 0; e < extras[t.slot].count; ++e) {
-    const Pass& extra = extras[t.slot].passes[e];
-    multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+// Adds those of a tile's slot to it, then what `then` adds; `extras` is null where nothing is to be added.
+template <class T, class Then>
+struct Adding {
+  const ABlock& a;
+  const Extra* extras;
+  const Then& then;
+  FA_INLINE void while_in_registers([[maybe_unused]] bool two, [[maybe_unused]] int64_t panel,
+                                    [[maybe_unused]] const RowTile& t) const {
+    if constexpr (Tiles<T>::apart)
+      for (int e = 0; extras && e < extras[t.slot].count; ++e) {
+        const Pass& extra = extras[t.slot].passes[e];
+        Tiles<T>::multiply_more(two, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.words);
+      }
   }
-}
+  FA_INLINE void operator()(int64_t panel, const RowTile& t, float* tile) const {
+    if constexpr (!Tiles<T>::apart)
+      for (int e = 0; extras && e < extras[t.slot].count; ++e) {
+        const Pass& extra = extras[t.slot].passes[e];
+        multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+      }
+    then(panel, t, tile);
+  }
+};
 // The passes that LoRAs chosen by `wanted` add, by slot.
 template <class T, class Wanted>
 const Extra* extras_of(const LowRanks& low, const int64_t* at, Pass* passes, Extra* extras, Wanted&& wanted) {
@@ -129,8 +149,8 @@ inline TileList only(const TileList& all, int slot, bool one_slot, int scratch_s
 }
 // The product of `from`, at words `start`, with a LoRA's first matrix, times the scale, into the words of `a` at `at`;
 // sink(row, column, value, n) sees what was put there.
-template <class T, class Sink>
-void low_product(const LowRank& l, const ABlock& from, int64_t start, const ABlock& a, int64_t at,
+template <class T, class Rows, class Sink>
+void low_product(const LowRank& l, const Rows& from, int64_t start, const ABlock& a, int64_t at,
                  const TileList& tiles, float* c, Sink&& sink) {
   constexpr int64_t per = Operand<T>::per_word;
   Passes<T> k(start);
@@ -238,24 +258,28 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   const int64_t kw = words_of<T>(p.k);
   const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 3);
   int64_t* at = s.get<int64_t>(4, low.count);
-  const int64_t words = place<T>(low, kw, at);
+  // Where x is read in place, only the LoRAs' words stand in the block.
+  const bool direct = in_place<T>(rows, p.k) && all_whole<T>(tiles);
+  const int64_t words = std::max<int64_t>(1, place<T>(low, direct ? 0 : kw, at));
+  const NothingToAdd nothing;
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
   float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
-  const bool direct = low.count == 0 && in_place<T>(rows, p.k);
   for (int64_t r = 0; r < rows && !direct; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
   for (int i = 0; i < low.count; ++i) {
     const LowRank& l = low.loras[i];
-    ABlock from = a;
+    ABlock dropped_x{nullptr, padded_rows(rows + 32)};
     if (l.drop.on) {
       const int64_t stride = (p.k + 63) / 64 * 64;
       int8_t* kept = s.get<int8_t>(2, rows * stride);
       keep_rows(r0, rows, p.k, l.drop, kept);
-      from.words = s.get<uint32_t>(5, ABlock::size(rows + 32, kw));
-      masked_block<T>(from, (const T*)p.x + r0 * p.k, rows, p.k, kept, l.drop.keep_scale);
+      dropped_x.words = s.get<uint32_t>(5, ABlock::size(rows + 32, kw));
+      masked_block<T>(dropped_x, (const T*)p.x + r0 * p.k, rows, p.k, kept, l.drop.keep_scale);
     }
-    low_product<T>(l, from, 0, a, at[i], only(tiles, l.slot, low.slots == 1, 6), c,
-                   [&](int64_t r, int64_t col, F value, int64_t n) {
-      if (p.s && column == 0) store_n((T*)p.s + (r0 + r) * low.columns + l.column + col, value, n);
+    with_rows<T>(direct && !l.drop.on, (const T*)p.x + r0 * p.k, p.k, l.drop.on ? dropped_x : a, [&](const auto& from) {
+      low_product<T>(l, from, 0, a, at[i], only(tiles, l.slot, low.slots == 1, 6), c,
+                     [&](int64_t r, int64_t col, F value, int64_t n) {
+        if (p.s && column == 0) store_n((T*)p.s + (r0 + r) * low.columns + l.column + col, value, n);
+      });
     });
   }
   const int64_t keep_stride = (p.n + 63) / 64 * 64;
@@ -325,15 +349,9 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     auto multiply = [&](const auto& from) {
       product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]),
                           panels * 32, panels * column / columns, panels * (column + 1) / columns, c,
-                          [&](int64_t panel, const RowTile& t, float* tile) { add_extras<T>(a, extra, panel, t, tile); },
-                          epilogue);
+                          Adding<T, NothingToAdd>{a, extra, nothing}, epilogue);
     };
-    if constexpr (Tiles<T>::apart) {
-      if (direct) multiply(RowsInPlace{(const uint32_t*)((const T*)p.x + r0 * p.k), p.k / 2});
-      else multiply(a);
-    } else {
-      multiply(a);
-    }
+    with_rows<T>(direct, (const T*)p.x + r0 * p.k, p.k, a, multiply);
     offset += n;
   }
   if (stream) end_of_stream();
@@ -504,10 +522,7 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   const void* next_dy = more ? (const T*)p.dy + after : nullptr;
   const void* next_code = more && p.code ? p.code + after : nullptr;
   const void* next_z = more && p.z ? (const T*)p.z + after : nullptr;
-  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
-                      panels * column / columns, panels * (column + 1) / columns, c,
-                      [&](int64_t panel, const RowTile& t, float* tile) {
-    add_extras<T>(a, extras, panel, t, tile);
+  auto dropped_terms = [&](int64_t panel, const RowTile& t, float* tile) {
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
       if (!l.drop.on || l.slot != t.slot) continue;
@@ -521,7 +536,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
           store(sum, load(sum) + share);
         }
     }
-  }, [&](int64_t panel, const RowTile& t, const float* tile) {
+  };
+  auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
     const int64_t m = t.m, mr = t.rows, from = panel * rows + m, to = from + mr;
     prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
     prefetch(next_code, elements, from, to, panels * rows);
@@ -532,7 +548,10 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
       for (int64_t r = 0; r < mr; ++r)
         store_n((T*)p.dx + (r0 + m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
     }
-  });
+  };
+  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
+                      panels * column / columns, panels * (column + 1) / columns, c,
+                      Adding<T, decltype(dropped_terms)>{a, extras, dropped_terms}, epilogue);
 }
 
 template <class T>

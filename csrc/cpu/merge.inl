@@ -101,7 +101,15 @@ struct Sixteen {
 struct Brain : Sixteen {
   static FA_INLINE F value(U raw) { return (F)(raw << 16); }
   // In integers, because the conversion instruction flushes denormals. A NaN here has no low bits set that could carry.
-  static FA_INLINE U narrow(F v) { return ((U)v + (0x7fffu + (((U)v >> 16) & 1u))) >> 16; }
+  static FA_INLINE U narrow(F v) {
+#if FA_WIDTH == 16
+    const __m512i u = (__m512i)v, half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+    return (U)_mm512_srli_epi32(_mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1)), 16);
+#else
+    return ((U)v + (0x7fffu + (((U)v >> 16) & 1u))) >> 16;
+#endif
+  }
 };
 struct Half : Sixteen {
 #if FA_WIDTH == 16

@@ -23,7 +23,7 @@ def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.
     if x is None:
         return
     floating(name, x)
-    if tuple(x.shape) != expected:
+    if x.shape != expected:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is {expected}")
     if x.device != device:
         raise ValueError(f"{name}: is on {x.device}, but x is on {device}; move one of them")
@@ -50,6 +50,8 @@ def rows(table: Tensor | None, x: Tensor, slot_count: int) -> None:
 
 
 def number(name: str, value: float, accepted: str = "a number") -> float:
+    if type(value) is float:  # nearly always, and asking an abstract class costs a microsecond
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; accepted is {accepted}")
     return float(value)
@@ -79,6 +81,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., H] as a contiguous [T, H] in ``dtype``; no copy where it already is one."""
+    if x.dtype == dtype and x.is_contiguous():
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # three calls of PyTorch's are three microseconds
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
