@@ -15,7 +15,7 @@ from fastadapt.bench import report
 # Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do.
 PROVEN = {
     "reference": "CPU, in every test; it is what the others are compared with",
-    "cpu": "x86-64 with AVX-512, AVX512-BF16 and AVX2; portable code forced there; AMX in an emulator",
+    "cpu": "x86-64 with AMX, AVX512-BF16, AVX-512 and AVX2; portable code forced there",
     "triton": "the interpreter on a CPU, and compiled offline for sm_80 and sm_90",
     "cuda": "an emulator on a CPU that runs the same code, and compiled offline for sm_80 and sm_90",
 }

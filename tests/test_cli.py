@@ -201,6 +201,15 @@ def test_methods_end_to_end(tmp_path, capsys, small):
     assert total == pytest.approx(step["samples_ms"], abs=1e-3)
 
 
+@pytest.mark.parametrize(("layers", "dropped"), [(None, 5), (12, 5), (4, 1), (2, 0)])
+def test_methods_drop_no_more_layers_than_a_model_has(layers, dropped):
+    from fastadapt.bench.case import Case
+    from fastadapt.bench.compare import jobs
+
+    (job,) = jobs(["adapterdrop"], Case(layers=layers), [1], ["fp32"], 1.0)
+    assert job.args[0].drop == dropped
+
+
 def test_a_wrong_system_is_printed_as_wrong_and_never_timed(tmp_path, capsys, monkeypatch):
     from fastadapt.bench.peers import Inference, fused
 
