@@ -653,3 +653,31 @@ def test_the_fake_kernels_cover_every_op():
     for op in ops:
         for direction in ("forward", "backward"):
             assert hasattr(torch.ops.fastadapt, f"{op}_{direction}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(128,), (48, 80)], ids=str)
+def test_a_large_linear_output_is_that_of_its_parts(dtype, widths):
+    """Results of 8 MB and more are stored past the caches, in whole lines: also where a weight starts within a line."""
+    rows = (8 << 20) // (sum(widths) * dtype.itemsize)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 32, generator=generator).to(dtype)
+    weights = [torch.randn(n, 32, generator=generator).to(dtype) for n in widths]
+    biases = [torch.randn(n, generator=generator).to(dtype) for n in widths]
+    whole = fa.ops.linear(x, weights, biases)
+    parts = [fa.ops.linear(part, weights, biases) for part in x.split(rows // 4)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_statistics_are_those_of_the_sum_as_it_is_stored():
+    """In bfloat16 the sum is rounded before the LayerNorm; far from zero that decides its deviation."""
+    generator = torch.Generator().manual_seed(0)
+    x = (500 + torch.randn(64, 768, generator=generator)).bfloat16()
+    down, up = torch.randn(16, 768, generator=generator) * 1e-3, torch.randn(768, 16, generator=generator)
+    ones, zeros = torch.ones(768).bfloat16(), torch.zeros(768).bfloat16()
+    residual = torch.randn(64, 768, generator=generator).bfloat16()
+    y = fa.ops.bottleneck(
+        x, down.bfloat16(), None, up.bfloat16(), None, skip=True, residual=residual, norm_weight=ones, norm_bias=zeros
+    )  # fmt: skip
+    deviation = y.float().std(-1, unbiased=False)
+    assert (deviation - 1).abs().max() < 0.01

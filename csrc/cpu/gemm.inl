@@ -152,7 +152,7 @@ struct Tiles<bf16> {
   template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
                                    float* c, bool accumulate, Beside&& beside, Further&& further) {
-    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, [](bool) {});
+    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, further);
     else amx_tile<false>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, further);
   }
   // More words of k, while the sums of a tile are still in registers.
@@ -327,7 +327,8 @@ struct Waiting {
   }
 };
 // For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
-// [rows][32] (and may have done so while_in_registers, where the columns are more than W), then epilogue(panel, tile, c), which may not multiply and may come in parts of a tile's rows.
+// [rows][32] (or has done so while_in_registers, where a unit of its own multiplies), then epilogue(panel, tile, c), which
+// may not multiply and may come in parts of a tile's rows.
 // tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
 template <class T, class Rows, class TileAt, class Add, class Epilogue>
 FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,

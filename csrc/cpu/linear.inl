@@ -308,12 +308,13 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         for (int v = 0; v < kNV; ++v) bias[v] = p.bias ? load(p.bias + t.slot * p.n + col + v * W) : F{};
         T* y = (T*)p.y + (r0 + m) * p.n + col;
         uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
+        const bool aligned = stream && offset % 32 == 0;  // what stands before it in a row may be of any width
         auto rows_to = [&](auto&& value) {
           for (int64_t r = 0; r < mr; ++r) {
             F values[kNV];
 #pragma GCC unroll 8
             for (int v = 0; v < kNV; ++v) values[v] = value(r, v, load(tile + r * 32 + v * W) + bias[v]);
-            if (stream) stream_row(y + r * p.n, values);
+            if (aligned) stream_row(y + r * p.n, values);
             else store_row(y + r * p.n, values);
           }
         };

@@ -58,8 +58,8 @@ struct RowStatistics {  // float: an estimate of the mean; the row is passed ove
     return row_moments<Whole>(row, n, sum(total) / (float)n, eps);
   }
 };
-// bfloat16: sums of distances from the mean of the first 32 columns, and of their squares. What cancels between them is far
-// below what rounding the row's elements does, unless those 32 are hundreds of deviations away from the others.
+// bfloat16: sums of distances from the mean of the first 32 columns, and of their squares, of elements as they are stored.
+// Those 32 are part of the row, so the square of their distance from its mean is at most n / 32 variances: little cancels.
 template <>
 struct RowStatistics<bf16> {
   F total, squares;
@@ -74,7 +74,7 @@ struct RowStatistics<bf16> {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kNV; ++i) {
-      const F d = tail_zeroed(v[i] - origin, valid - i * W);
+      const F d = tail_zeroed(rounded<bf16>(v[i]) - origin, valid - i * W);
       t = t + d;
       q = q + d * d;
     }
