@@ -113,7 +113,7 @@ def test_a_regression_of_two_texts(room, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["pfeiffer", "masked"])
-def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path, method):
+def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path, capsys, method):
     output = tmp_path / "joint"
     tasks_ = ["--task", f"mood={room / 'mood.tsv'}", "--dev", f"mood={room / 'mood-dev.tsv'}"]
     tasks_ += ["--task", f"topic={room / 'topic.tsv'}", "--dev", f"topic={room / 'topic-dev.tsv'}"]
@@ -136,6 +136,26 @@ def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_pat
         for one, other in zip(mine, alone, strict=True):
             assert one["label"] == other["label"]
             assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+    header, *lines = (room / "mood-dev.tsv").read_text().splitlines()
+    of = [("again", "topic", "mood")[i % 3] for i in range(len(lines))]
+    inbox = output / "inbox.tsv"
+    inbox.write_text("\n".join(["\t".join((header, "for")), *map("\t".join, zip(lines, of, strict=True))]))
+    argv = ["--adapters", *folders, "--input", str(inbox), "--task-column", "for"]
+    asked = predicted(room, output, *argv)
+    assert [row["task"] for row in asked] == of and [row["row"] for row in asked] == list(range(1, 49))
+    expected = {(row["row"], row["task"]): row for row in together}
+    for row in asked:
+        same = expected[row["row"], row["task"]]
+        assert row["label"] == same["label"]
+        assert row["probabilities"] == pytest.approx(same["probabilities"], abs=1e-5)
+
+    inbox.write_text(inbox.read_text().replace("\ttopic", "\tweather"))
+    assert main(["predict", *argv]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "inbox.tsv, line 3, column 'for'" in line and "'weather'" in line and "'mood', 'topic', 'again'" in line
+    assert main(["predict", *argv[:-1], "who"]) == 2
+    assert "no column 'who' (--task-column)" in capsys.readouterr().err
 
 
 def test_tasks_one_after_another_leave_earlier_ones_and_the_base_alone(room, tmp_path):

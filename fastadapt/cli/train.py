@@ -153,17 +153,20 @@ def _predict_parser(commands: Any) -> None:
         "predict",
         help="labels and probabilities of texts, from what train left behind",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Labels every row with every task. Tasks on one base share its batches, each row with the\n"
-        "adaptation and head of its task, where their heads have one width; others follow one after another.",
+        description="Labels every row with every task, or with the one that a column of the row names. Tasks on one\n"
+        "base share its batches, each row with the adaptation and head of its task, where their heads have one\n"
+        "width; others follow one after another.",
         epilog="""examples:
   fastadapt predict --adapters my-task --input new.tsv --text sentence
-  fastadapt predict --adapters both/mood both/topic --input new.jsonl --output out.jsonl""",
+  fastadapt predict --adapters both/mood both/topic --input new.jsonl --output out.jsonl
+  fastadapt predict --adapters both/mood both/topic --input inbox.tsv --task-column task""",
     )
     parser.add_argument("--adapters", nargs="+", required=True, metavar="DIR", help="folders of `fastadapt train`")
     parser.add_argument("--model", metavar="PATH|ID", help="the base, if it has moved since")
     parser.add_argument("--input", required=True, metavar="FILE", help="rows to label: .tsv, .csv, .jsonl")
     parser.add_argument("--text", metavar="COLUMN", help="(as in training)")
     parser.add_argument("--text2", metavar="COLUMN", help="(as in training)")
+    parser.add_argument("--task-column", metavar="COLUMN", help="names each row's task (every row is of every task)")
     parser.add_argument("--encoding", default="utf-8", metavar="NAME", help="(utf-8)")
     parser.add_argument("--format", choices=FORMATS, help="of the input (the suffix's)")
     parser.add_argument("--output", metavar="FILE", help=".tsv or .jsonl (standard output, TSV)")
@@ -215,7 +218,7 @@ def _predict(args: argparse.Namespace) -> None:
         raise UserError(f"--output: got {args.output!r}; accepted are files ending in .tsv, .jsonl")
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"--output: {str(output.absolute().parent)!r} is no folder; accepted is a file in one")
-    source = Source(Path(args.input), args.text, args.text2, None, args.encoding, args.format)
+    source = Source(Path(args.input), args.text, args.text2, None, args.encoding, args.format, args.task_column)
     results, tasks = predict.predict(
         [Path(folder) for folder in args.adapters],
         source,
@@ -274,7 +277,6 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _source(path: str, how: tuple[Any, ...]) -> Source:
-
     return Source(Path(path), *how)
 
 

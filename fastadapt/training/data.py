@@ -6,7 +6,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Source:
             ``label`` of None is found by its usual name; a ``text2`` of None is none.
         encoding: of the characters; any that has ASCII in it.
         format: one of :data:`FORMATS`; None is told by the file's suffix, and TSV where that says nothing.
+        task: another column, which names the task that a row is for; None is none.
     """
 
     path: Path
@@ -36,6 +37,12 @@ class Source:
     label: str | None = None
     encoding: str = "utf-8"
     format: str | None = None
+    task: str | None = None
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """Option -> its column."""
+        return {"--text": self.text, "--text2": self.text2, "--label": self.label, "--task-column": self.task}
 
     def kind(self) -> str:
         return self.format or _SUFFIXES.get(self.path.suffix.lower(), "tsv")
@@ -49,6 +56,7 @@ class Row:
     text: str
     text2: str | None
     label: str | None
+    task: str | None = None
 
 
 def read(source: Source, *, labelled: bool) -> tuple[list[Row], Source]:
@@ -72,7 +80,7 @@ def read(source: Source, *, labelled: bool) -> tuple[list[Row], Source]:
     else:
         source = _with_columns(source, first, labelled, first_line)
         doubled = next(
-            (n for n in first if first.count(n) > 1 and n in (source.text, source.text2, source.label)), None
+            (n for n in first if first.count(n) > 1 and n in source.columns.values()), None
         )
         if doubled is not None:
             raise UserError(f"{source.path}, line {first_line}: has two columns {doubled!r}; accepted is one")
@@ -90,12 +98,12 @@ def read(source: Source, *, labelled: bool) -> tuple[list[Row], Source]:
 
 
 def _numbered(source: Source) -> bool:
-    given = [c for c in (source.text, source.text2, source.label) if c is not None]
+    given = [c for c in source.columns.values() if c is not None]
     return bool(given) and all(c.isdecimal() for c in given)
 
 
 def _with_numbers(source: Source, labelled: bool) -> Source:
-    for option, column in (("--text", source.text), ("--text2", source.text2), ("--label", source.label)):
+    for option, column in source.columns.items():
         if column == "0":
             raise UserError(f"{option}: got 0; accepted are columns counted from 1, or names")
         if column is None and (option == "--text" or (option == "--label" and labelled)):
@@ -107,12 +115,14 @@ def _with_columns(source: Source, header: Sequence[str], labelled: bool, line: i
     """``source`` with every column's name, each of which ``header`` has."""
     text = source.text or next((name for name in TEXT_DEFAULTS if name in header), TEXT_DEFAULTS[0])
     label = (source.label or LABEL_DEFAULT) if labelled else source.label
-    wanted = (("--text", text), ("--text2", source.text2), ("--label", label if labelled else None))
-    for option, column in wanted:
+    found = replace(source, text=text, label=label)
+    for option, column in found.columns.items():
+        if option == "--label" and not labelled:
+            continue
         if column is not None and column not in header:
             known = ", ".join(map(repr, header))
             raise UserError(f"{source.path}, line {line}: has no column {column!r} ({option}); it has {known}")
-    return Source(source.path, text, source.text2, label, source.encoding, source.format)
+    return found
 
 
 def _by_number(fields: Sequence[str]) -> dict[str, str]:
@@ -140,7 +150,8 @@ def _row(source: Source, line: int, record: dict[str, Any], labelled: bool) -> R
         if value is None or isinstance(value, (list, dict)) or not str(value).strip():
             raise UserError(f"{source.path}, line {line}, column {source.label!r}: got {value!r}; accepted is a label")
         label = str(value).strip() if not isinstance(value, bool) else str(value).lower()
-    return Row(line, words(source.text), None if source.text2 is None else words(source.text2), label)
+    text2, task = (None if column is None else words(column) for column in (source.text2, source.task))
+    return Row(line, words(source.text), text2, label, task)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------

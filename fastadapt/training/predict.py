@@ -19,7 +19,7 @@ from fastadapt.errors import UserError
 from fastadapt.modules.state import container_of
 from fastadapt.routing import refusal
 from fastadapt.training import base, data, folder
-from fastadapt.training.batches import Collator, Example, longest, tokenize
+from fastadapt.training.batches import Collator, longest, tokenize
 from fastadapt.training.data import Row, Source
 from fastadapt.training.task import Task
 
@@ -52,9 +52,10 @@ def predict(
     max_length: int | None = None,
     device: str = "auto",
 ) -> tuple[list[Result], list[Task]]:
-    """Every task's result for every row, rows in the file's order, and the tasks.
+    """Every task's result for every row, or the one that the source's ``task`` column asks for; and the tasks.
 
-    Tasks on one base whose heads have one width share every batch (:func:`fastadapt.route`); others follow.
+    Rows in the file's order. Tasks on one base whose heads have one width share batches (:func:`fastadapt.route`);
+    others follow.
 
     Raises:
         UserError: for folders that are none of ``fastadapt train``, another base, and what is wrong with the input.
@@ -76,17 +77,33 @@ def predict(
     examples = tokenize(
         rows, source, tokenizer, limit=longest(tokenizer, network.config), cut=max_length or tasks[0].max_length
     )
+    asked = _asked(rows, source, tasks)
     network = network.to(target).eval()
-    logits: dict[int, Tensor] = {}
+    logits: dict[tuple[int, int], Tensor] = {}
     for group in _groups(network, tasks, alone=bool(full)):
-        chosen = [None if full else tasks[i].name for i in group]
-        logits |= dict(zip(group, _run(network, chosen, examples, tokenizer, batch, target), strict=True))
-    results = [
-        _result(tasks[i], logits[i][number], number + 1, row.line)
-        for number, row in enumerate(rows)
-        for i in range(len(tasks))
-    ]
+        pairs = [pair for pair in asked if pair[1] in group]
+        pairs.sort(key=lambda pair: examples[pair[0]].length)
+        collate = Collator(tokenizer, [None if full else task.name for task in tasks])
+        for start in range(0, len(pairs), batch):
+            of = pairs[start : start + batch]
+            inputs = collate([replace(examples[row], task=task) for row, task in of])
+            logits |= zip(of, _run(network, inputs, target, routed=len(group) > 1), strict=True)
+    results = [_result(tasks[task], logits[row, task], row + 1, rows[row].line) for row, task in asked]
     return results, tasks
+
+
+def _asked(rows: Sequence[Row], source: Source, tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    """(number of a row, number of a task) of every result."""
+    if source.task is None:
+        return [(row, task) for row in range(len(rows)) for task in range(len(tasks))]
+    numbers = {task.name: i for i, task in enumerate(tasks)}
+    for row in rows:
+        if row.task not in numbers:
+            raise UserError(
+                f"{source.path}, line {row.line}, column {source.task!r}: got the task {row.task!r}; accepted are "
+                f"{', '.join(map(repr, numbers))}"
+            )
+    return [(i, numbers[row.task]) for i, row in enumerate(rows)]
 
 
 def _read(source: Source, task: Task) -> tuple[list[Row], Source]:
@@ -133,36 +150,16 @@ def _groups(network: nn.Module, tasks: Sequence[Task], *, alone: bool) -> list[l
 
 
 @torch.inference_mode()
-def _run(
-    network: nn.Module,
-    names: Sequence[str | None],
-    examples: Sequence[Example],
-    tokenizer: Any,
-    batch: int,
-    device: str,
-) -> list[Tensor]:
-    """Logits [N, labels] of each name, in the order of ``examples``."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    found: list[list[Tensor]] = [[] for _ in names]
-    collate = Collator(tokenizer, [None])
-    for start in range(0, len(order), batch):
-        inputs = collate([examples[i] for i in order[start : start + batch]])
-        inputs.pop("names")
-        inputs = {key: t.to(device) for key, t in inputs.items()}
-        size = len(inputs["input_ids"])
-        if len(names) == 1:
-            if names[0] is not None:
-                fa.activate(network, names[0])
-            context: Any = contextlib.nullcontext()
-        else:
-            inputs = {key: t.repeat(len(names), 1) for key, t in inputs.items()}
-            context = fa.route(network, [name for name in names for _ in range(size)])
-        with context:
-            logits = network(**inputs).logits.float().cpu()
-        for i, part in enumerate(logits.split(size)):
-            found[i].append(part)
-    back = torch.tensor(order).argsort()
-    return [torch.cat(parts)[back] for parts in found]
+def _run(network: nn.Module, inputs: dict[str, Any], device: str, *, routed: bool) -> Tensor:
+    """Logits [B, labels] of a batch, whose rows are all of one task where they are not routed."""
+    names = inputs.pop("names")
+    context: Any = contextlib.nullcontext()
+    if routed:
+        context = fa.route(network, names)
+    elif names[0] is not None:
+        fa.activate(network, names[0])
+    with context:
+        return network(**{key: t.to(device) for key, t in inputs.items()}).logits.float().cpu()
 
 
 def _result(task: Task, logits: Tensor, row: int, line: int) -> Result:
