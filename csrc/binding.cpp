@@ -612,6 +612,46 @@ Tensor drop(const Tensor& x, double dropout_p, const Tensor& seed) {
   return y;
 }
 
+Mix mix_of(const Tensor& sigma, const Tensor& t, const OptionalTensor& shift, int64_t count, double dropout_p,
+           const OptionalTensor& seed) {
+  Mix p{};
+  p.type = dtype_of(sigma);
+  p.rows = sigma.size(0);
+  p.count = count;
+  p.b = sigma.size(1) / count;
+  p.sigma = data(sigma);
+  p.t = data(t);
+  p.shift = data(shift);
+  p.drop = dropout_of(dropout_p, seed);
+  p.threads = at::get_num_threads();
+  return p;
+}
+
+Tensor mix_forward(const Tensor& sigma, const Tensor& t, const OptionalTensor& shift, int64_t count, double dropout_p,
+                   const OptionalTensor& seed) {
+  Mix p = mix_of(sigma, t, shift, count, dropout_p, seed);
+  const Tensor m = empty_like_type(t, t.sizes());
+  if (p.rows == 0) return m;
+  p.m = data(m);
+  active().mix_forward(p, run_parallel);
+  return m;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& dm, const Tensor& sigma, const Tensor& t,
+                                                const OptionalTensor& shift, int64_t count, double dropout_p,
+                                                const OptionalTensor& seed) {
+  Mix p = mix_of(sigma, t, shift, count, dropout_p, seed);
+  const Tensor dsigma = empty_like_type(sigma, sigma.sizes()), dt = empty_like_type(t, t.sizes());
+  const Tensor dshift = empty_like_type(t, {shift.has_value() ? p.rows : 0});
+  if (p.rows == 0) return {dsigma, dt, dshift};
+  p.m = data(dm);
+  p.dsigma = data(dsigma);
+  p.dt = data(dt);
+  p.dshift = data(dshift);
+  active().mix_backward(p, run_parallel);
+  return {dsigma, dt, dshift};
+}
+
 // Shared by both directions; `mask` keeps what the pointers of the result point into.
 Attention attention_of(const Tensor& qkv, const OptionalTensor& prefix, OptionalTensor& mask, int64_t heads,
                        double scale, double dropout_p, const OptionalTensor& seed) {
@@ -690,6 +730,8 @@ TORCH_LIBRARY_IMPL(fastadapt, CPU, m) {
   m.impl("add_norm_forward", TORCH_FN(add_norm_forward));
   m.impl("add_norm_backward", TORCH_FN(add_norm_backward));
   m.impl("drop", TORCH_FN(drop));
+  m.impl("mix_forward", TORCH_FN(mix_forward));
+  m.impl("mix_backward", TORCH_FN(mix_backward));
   m.impl("attention_forward", TORCH_FN(attention_forward));
   m.impl("attention_backward", TORCH_FN(attention_backward));
 }

@@ -13,6 +13,7 @@ namespace FA_NAMESPACE {
 #include "bottleneck.inl"
 #include "attention.inl"
 #include "merge.inl"
+#include "mix.inl"
 
 inline int64_t packed_words(DType t, int64_t k, int64_t n) {
   return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * ((n + 31) / 32 * 32);
@@ -39,6 +40,8 @@ FA_ENTRY(bottleneck_rows_backward, BottleneckRowsBackward)
 FA_ENTRY(add_norm_forward, AddNormForward)
 FA_ENTRY(add_norm_backward, AddNormBackward)
 FA_ENTRY(drop, Drop)
+FA_ENTRY(mix_forward, Mix)
+FA_ENTRY(mix_backward, Mix)
 FA_ENTRY(attention_forward, Attention)
 FA_ENTRY(attention_backward, Attention)
 #undef FA_ENTRY
@@ -61,6 +64,8 @@ const Table FA_CONCAT(table_, FA_NAMESPACE) = {
     FA_NAMESPACE::add_norm_forward,
     FA_NAMESPACE::add_norm_backward,
     FA_NAMESPACE::drop,
+    FA_NAMESPACE::mix_forward,
+    FA_NAMESPACE::mix_backward,
     FA_NAMESPACE::attention_forward,
     FA_NAMESPACE::attention_backward,
     FA_NAMESPACE::merge_pack,

@@ -189,6 +189,16 @@ struct Attention {
   float* dprefix_sum;  // backward: its sum over the batch where the rows share a prefix, else null
 };
 
+struct Mix {  // of `count` adapters with bottlenecks of b
+  DType type;
+  int64_t rows, count, b;
+  const void *sigma, *t, *shift;  // [rows, count b], [rows, count b + count], [rows] or null
+  Dropout drop;
+  void* m;                       // like t: forward: the mix, then the weights; backward: their gradient, read
+  void *dsigma, *dt, *dshift;    // backward; dshift null where shift is
+  int threads;
+};
+
 enum class WeightType : int { f32, bf16, f16 };
 
 // A merged weight that the byte of its difference can't restore: its flat index and its bits.
@@ -235,6 +245,8 @@ struct Table {
   void (*add_norm_forward)(const AddNormForward&, Parallel);
   void (*add_norm_backward)(const AddNormBackward&, Parallel);
   void (*drop)(const Drop&, Parallel);
+  void (*mix_forward)(const Mix&, Parallel);
+  void (*mix_backward)(const Mix&, Parallel);
   void (*attention_forward)(const Attention&, Parallel);
   void (*attention_backward)(const Attention&, Parallel);
   bool (*merge_pack)(const MergePack&);  // false: a or b holds NaN or infinity

@@ -36,6 +36,8 @@ bottleneck_rows_backward = torch.ops.fastadapt.bottleneck_rows_backward.default
 add_norm_forward = torch.ops.fastadapt.add_norm_forward.default
 add_norm_backward = torch.ops.fastadapt.add_norm_backward.default
 drop = torch.ops.fastadapt.drop.default
+mix_forward = torch.ops.fastadapt.mix_forward.default
+mix_backward = torch.ops.fastadapt.mix_backward.default
 linear_forward = torch.ops.fastadapt.linear_forward.default
 linear_backward = torch.ops.fastadapt.linear_backward.default
 lora_forward = torch.ops.fastadapt.lora_forward.default
@@ -49,8 +51,6 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
     """Why these kernels can't serve the call; None where they can."""
     if device_type != "cpu":
         return f"the tensors are on {device_type}, not on the CPU"
-    if op.startswith("mix"):
-        return "no C++ kernel mixes adapters"
     if op == "remerge_" and dtype == torch.float16:
         return None
     if dtype not in (torch.float32, torch.bfloat16):
