@@ -202,7 +202,7 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
     I codes[kMergeVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kMergeVectors; ++v) {
-      const int64_t left = Whole ? W : std::max<int64_t>(0, n - v * W);
+      const int64_t left = Whole ? W : std::clamp<int64_t>(n - v * W, 0, W);
       const U raw = load_raw<Store>(w + v * W, left);
       if constexpr (Step == MergeStep::in || Step == MergeStep::in_exact) {
         const U sum = Store::narrow(Store::value(raw) + d[i][v]);
