@@ -356,8 +356,7 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
           const char* asked = ask + lines * i / blocks * 64;
           Tl::run_beside(wanted <= W, (int)t.rows, a.row(t.m, pass.a), a.stride(), b, pass.words, tile, i_pass > 0,
                          [&](int64_t step, int64_t) __attribute__((always_inline)) {
-            // Every fourth line: the core foresees those between.
-            for (int64_t line = 0; line < asks; line += 4) __builtin_prefetch(asked + (step * asks + line) * 64, 0, 2);
+            for (int64_t line = 0; line < asks; ++line) __builtin_prefetch(asked + (step * asks + line) * 64, 0, 2);
             waiting.some(step, share, epilogue);
           }, [&](bool two) __attribute__((always_inline)) {
             if (!more) add.while_in_registers(two, panel, t);
