@@ -42,13 +42,9 @@ TABLE = Path(__file__).parent / "results" / "triton_compile.json"
 ARCHITECTURES = {80: launch.SM_80, 90: launch.SM_90}
 HIDDEN = (384, 768, 1024)
 BOTTLENECKS = (7, 16, 48, 64, 100, 256)
-FEW_BOTTLENECKS = (48, 64, 256)  # of kernels that are those of one bottleneck, with a table beside them
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (512, 65536)  # a heuristic may choose small tiles for few rows
 RANKS = (1, 4, 8, 12, 16, 48, 64, 128)
-# One of the narrowest tile and one of the widest: all that there is where no kernel has the rank as a constant
-# (dropout, several slots).
-FEW_RANKS = (8, 48)
 RANK_OF_FEW_ROWS = 8
 BATCH_ROWS, SLOTS = 32, 8
 AT_ONCE = 60  # cases between two writes of the table
@@ -258,15 +254,13 @@ def cases() -> Iterator[Case]:
             continue
         if "autocast" in op and (dtype, rows) != ("bfloat16", ROWS[-1]):
             continue
+        if op.startswith("mix") and hidden != 768:  # which has no side as long as H
+            continue
         widths = (0,)
-        if op.startswith(("bottleneck rows", "mix")):
-            widths = FEW_BOTTLENECKS if rows == ROWS[-1] and hidden == 768 else ()
-        elif op.startswith("bottleneck"):
+        if op.startswith(("bottleneck", "mix")):
             widths = BOTTLENECKS
         elif op == "merge":
             widths = RANKS
-        elif "dropout" in op or "rows" in op:
-            widths = FEW_RANKS if rows == ROWS[-1] and hidden == 768 else ()
         elif op.startswith("lora"):
             widths = RANKS if rows == ROWS[-1] else (RANK_OF_FEW_ROWS,)
         for b in widths:

@@ -65,10 +65,12 @@ def test_the_table_holds_every_shape():
             assert (autocast, kernel, arch, dtype, hidden, b, 65536) in there
     kernels = [("bottleneck rows training", "forward"), ("mix training", "forward"), ("mix backward", "backward")]
     kernels += [("bottleneck rows backward", kernel) for kernel in ("rows", "weights", "slot_sum", "sum")]
-    for (op, kernel), arch, dtype, b in itertools.product(
-        kernels, (80, 90), ("bfloat16", "float16", "float32"), (48, 64, 256)
+    for (op, kernel), arch, dtype, hidden, b in itertools.product(
+        kernels, (80, 90), ("bfloat16", "float16", "float32"), (384, 768, 1024), (7, 16, 48, 64, 100, 256)
     ):
-        assert (op, kernel, arch, dtype, 768, b, 65536) in there
+        if hidden == 768 or not op.startswith("mix"):  # a mix has no side as long as H
+            for rows in (65536,) if dtype == "float32" else (512, 65536):
+                assert (op, kernel, arch, dtype, hidden, b, rows) in there
     assert len(there) == len(ROWS)
 
 
@@ -85,9 +87,9 @@ def test_the_table_holds_every_linear_and_rank():
         for direction, named in kernels.items():
             for kernel in named:
                 assert (f"lora {of} {direction}", kernel, arch, dtype, hidden, r, 65536) in there
-    for kind, arch, dtype, r in itertools.product(("dropout", "rows"), archs, dtypes, (8, 48)):
+    for kind, arch, dtype, hidden, r in itertools.product(("dropout", "rows"), archs, dtypes, (384, 768, 1024), ranks):
         for kernel in ("low", "product", "weights a", "weights b"):
-            assert (f"lora qkv {kind} backward", kernel, arch, dtype, 768, r, 65536) in there
+            assert (f"lora qkv {kind} backward", kernel, arch, dtype, hidden, r, 65536) in there
     for kernel, arch, dtype, hidden, r in itertools.product(
         ("out", "check", "in"), archs, dtypes, (384, 768, 1024), ranks
     ):
@@ -259,6 +261,7 @@ def test_the_model_prints_a_row_for_each_op():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "microseconds, bfloat16, H=768, 512 rows"
+    kinds = ("square", "qkv", "wide", "deep", "qkv dropout", "qkv rows")
     assert {line[:32].strip() for line in lines[2:]} == {
-        f"lora {of} {direction}" for of in ("square", "qkv", "wide", "deep") for direction in ("training", "backward")
+        f"lora {of} {direction}" for of in kinds for direction in ("training", "backward")
     }

@@ -352,12 +352,13 @@ class LowRankWeightTile:
     chunks_a_row: int
     chunks_a_split: int
     splits: int
+    registers: int | None
 
 
 def lora_weights(
-    arch: Architecture, rows: int, batch_rows: int, columns: int, loras: int, rank: int, bytes_: int
+    arch: Architecture, rows: int, batch_rows: int, columns: int, loras: int, rank: int, bytes_: int, *, drops: bool
 ) -> LowRankWeightTile:
-    """Tile of the weight gradients; splits fill the processors twice, and no more."""
+    """Tile of the weight gradients; splits fill the processors twice, and no more. ``drops``: x is dropped anew."""
     width = power_of_two(rank)
     if arch is INTERPRETER:
         step, cols, warps, stages = 16, 256, 1, 1
@@ -372,7 +373,8 @@ def lora_weights(
     chunks_a_row = triton.cdiv(rows, chunk)
     chunks_a_split = triton.cdiv(chunks_a_row * batch_rows, min(wanted, chunks_a_row * batch_rows))
     splits = triton.cdiv(chunks_a_row * batch_rows, chunks_a_split)
-    return LowRankWeightTile(step, cols, width, warps, stages, chunk, chunks_a_row, chunks_a_split, splits)
+    registers = _MOST_REGISTERS if drops and rank > width and bytes_ < 4 else None
+    return LowRankWeightTile(step, cols, width, warps, stages, chunk, chunks_a_row, chunks_a_split, splits, registers)
 
 
 # -- bottlenecks that differ from row to row -----------------------------------------------------------------------
@@ -383,11 +385,14 @@ def bottleneck_routed(
 ) -> RowTile:
     """As :func:`bottleneck_rows`; ``rows`` are those of each of the ``batch_rows``, which a tile does not cross.
 
-    A slot's pointers and sizes take registers too: 64 rows of 256 neurons would spill.
+    A slot's pointers and sizes take registers too: 64 rows of 256 neurons, in backward of 128, would spill.
     """
     tile = bottleneck_rows(arch, rows * batch_rows, bottleneck, bytes_, weight_bytes, backward=backward)
-    most = 32 if arch is not INTERPRETER and power_of_two(bottleneck) >= 256 else tile.rows
-    return replace(tile, rows=min(tile.rows, most, power_of_two(rows)))
+    if arch is not INTERPRETER and power_of_two(bottleneck) >= (128 if backward else 256):
+        tile = replace(tile, rows=min(tile.rows, 32))
+    if tile.rows == 32:
+        tile = replace(tile, stages=min(tile.stages, 2), registers=_MOST_REGISTERS)
+    return replace(tile, rows=min(tile.rows, power_of_two(rows)))
 
 
 @dataclass(frozen=True)

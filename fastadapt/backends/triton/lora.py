@@ -510,7 +510,7 @@ def _weight_gradients(x, dz, s, t, a, b, table, routing, seeds):
     partial_columns = of_a + sum(m.numel() for m in b)
     widest = max(features, *(m.shape[0] for m in b))
     tile = launch.lora_weights(launch.architecture(x), routing.length, routing.batch_rows, widest, len(a), table.rank,
-                               x.element_size())  # fmt: skip
+                               x.element_size(), drops=table.drops)  # fmt: skip
     partial = x.new_empty((tile.splits, partial_columns), dtype=torch.float32)
     blocks = triton.cdiv(table.rank, tile.rank)
     for low, wide, out, columns, drops in (
@@ -524,7 +524,7 @@ def _weight_gradients(x, dz, s, t, a, b, table, routing, seeds):
             wide.shape[1], partial_columns, padded_columns(wide.shape[1]) // 64, COLUMNS=columns, ALIGN=table.align,
             ROWS=tile.rows, COLS=tile.cols, RANK=tile.rank, RANK_BLOCKS=blocks, OF_A=wide is x, DROPOUT=drops,
             ROUTED=routing.slot_of is not None, PRECISION=launch.precision(x.dtype), num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     sums = ordered_sum(partial, [tuple(m.shape) for m in [*a, *b]])
     return sums[: len(a)], sums[len(a) :]
