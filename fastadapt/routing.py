@@ -121,7 +121,8 @@ class Routing:
         for adaptation in self._adaptations():
             if adaptation.trainable:
                 for p in adaptation.own_parameters():
-                    p.requires_grad_(True)
+                    if not p.requires_grad:
+                        p.requires_grad_(True)
         set_hooks(model, base, ())
         self._hooks = [base.register_forward_pre_hook(BeginRouted(table), with_kwargs=True)]
         if model is not base:
@@ -209,8 +210,9 @@ def route(
         before._disengage()
     container.route = routing
     try:
-        for p, _ in flags:
-            p.requires_grad_(False)
+        for p, flag in flags:
+            if flag:
+                p.requires_grad_(False)
         routing._engage()
         yield routing
     finally:
@@ -223,7 +225,8 @@ def route(
                 model.config.problem_type = _settled(container, container.active, problem_type)
             engage_names(model, wiring, tuple(active), container.skipped)
         for p, flag in flags:
-            p.requires_grad_(flag)
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
 
 
 def _settled(container: Adaptations, name: str | None, before: str | None) -> str | None:

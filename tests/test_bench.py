@@ -578,3 +578,11 @@ def test_a_readme_block_is_what_the_command_printed(tmp_path, monkeypatch):
     assert "| fp32 B=2 | 20.0 ms | 22.0 ms (+10 %) | 15.0 ms (-25 %) |" in text
     assert "$ fastadapt bench latency" in text and "15.00" in text
     assert readme.filled(text) == text
+
+
+def test_what_a_layer_keeps_is_asked_of_one_that_has_an_adapter():
+    dropped = dataclasses.replace(CASE, method="adapterdrop", drop=3)
+    of_ours = [PEERS["fastadapt"]]
+    kept = train.saved_bytes_per_layer(dropped, of_ours)
+    assert kept == train.saved_bytes_per_layer(dataclasses.replace(CASE, method="houlsby"), of_ours)
+    assert train.able(dropped, of_ours, report.Progress()) == of_ours

@@ -267,6 +267,8 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   for (int64_t r = 0; r < rows && !direct; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
   for (int i = 0; i < low.count; ++i) {
     const LowRank& l = low.loras[i];
+    const TileList mine = only(tiles, l.slot, low.slots == 1, 6);
+    if (mine.count == 0) continue;
     ABlock dropped_x{nullptr, padded_rows(rows + 32)};
     if (l.drop.on) {
       const int64_t stride = (p.k + 63) / 64 * 64;
@@ -276,7 +278,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
       masked_block<T>(dropped_x, (const T*)p.x + r0 * p.k, rows, p.k, kept, l.drop.keep_scale);
     }
     with_rows<T>(direct && !l.drop.on, (const T*)p.x + r0 * p.k, p.k, l.drop.on ? dropped_x : a, [&](const auto& from) {
-      low_product<T>(l, from, 0, a, at[i], only(tiles, l.slot, low.slots == 1, 6), c,
+      low_product<T>(l, from, 0, a, at[i], mine, c,
                      [&](int64_t r, int64_t col, F value, int64_t n) {
         if (p.s && column == 0) store_n((T*)p.s + (r0 + r) * low.columns + l.column + col, value, n);
       });
@@ -446,9 +448,11 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   float* dlow = weights ? s.get<float>(6, rows * low_stride + W) : nullptr;
   for (int i = 0; i < low.count; ++i) {
     const LowRank& l = low.loras[i];
+    const TileList mine = only(tiles, l.slot, low.slots == 1, 7);
+    if (mine.count == 0) continue;
     int64_t base = 0;
     for (int w = 0; w < l.owner; ++w) base += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
-    low_product<T>(l, a, base, a, at[i], only(tiles, l.slot, low.slots == 1, 7), c,
+    low_product<T>(l, a, base, a, at[i], mine, c,
                    [&](int64_t r, int64_t col, F value, int64_t n) {
       if (dlow) store_n(dlow + r * low_stride + l.column + col, value, n);
     });

@@ -1,26 +1,45 @@
 #include "pack_cache.h"
 
-#include <map>
+#include <algorithm>
 #include <mutex>
-#include <tuple>
+#include <unordered_map>
+#include <vector>
 
 #include "pool.h"
 
 namespace fastadapt::cpu {
 namespace {
 
-using Key = std::tuple<const void*, int64_t, std::vector<int64_t>, std::vector<int64_t>, int, int, int, const char*>;
-
+// One packing of a matrix.
 struct Entry {
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;  // while held, the address is nobody else's
+  std::vector<int64_t> sizes, strides;
+  int64_t offset;
+  at::ScalarType source;
+  DType compute;
+  Layout layout;
+  const char* table;
   const void* data;
   uint32_t version;
   at::Tensor words;
+
+  bool is_of(const at::Tensor& w, DType type, Layout how, const char* name) const {
+    return offset == w.storage_offset() && source == w.scalar_type() && compute == type && layout == how &&
+           table == name && w.sizes() == at::IntArrayRef(sizes) && w.strides() == at::IntArrayRef(strides);
+  }
+};
+// All packings of what one storage holds; the weak pointer keeps its address from being anybody else's.
+struct Packings {
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  std::vector<Entry> entries;
 };
 
 std::mutex mutex;
-std::map<Key, Entry> entries;
+std::unordered_map<const void*, Packings> cache;
 size_t inserted = 0;
+
+void drop_expired() {
+  for (auto it = cache.begin(); it != cache.end();) it = it->second.storage.expired() ? cache.erase(it) : ++it;
+}
 
 // Frozen weights, which are read one after another, lie one after another: reading 57 MB of them is a quarter faster than
 // from blocks that each begin on a huge page of their own. An arena lives as long as a matrix in it.
@@ -43,10 +62,6 @@ at::Tensor room_for(int64_t count) {
   return words;
 }
 
-void drop_expired() {
-  for (auto it = entries.begin(); it != entries.end();) it = it->second.storage.expired() ? entries.erase(it) : ++it;
-}
-
 }  // namespace
 
 PackedWeight packed(const Table& table, const at::Tensor& w, DType compute, Layout layout) {
@@ -67,29 +82,34 @@ PackedWeight packed(const Table& table, const at::Tensor& w, DType compute, Layo
     pack(result.words_);
     return result;
   }
-  const auto& storage = w.storage();
-  const Key key{storage.unsafeGetStorageImpl(), w.storage_offset(), w.sizes().vec(), w.strides().vec(),
-                static_cast<int>(w.scalar_type()), static_cast<int>(compute), static_cast<int>(layout), table.name};
+  c10::StorageImpl* storage = w.storage().unsafeGetStorageImpl();
   const auto version = static_cast<uint32_t>(w._version());
   std::lock_guard<std::mutex> lock(mutex);
-  auto found = entries.find(key);
-  if (found != entries.end() && found->second.version == version && found->second.data == w.const_data_ptr()) {
-    result.words_ = found->second.words;
+  auto of_storage = cache.find(storage);
+  if (of_storage == cache.end()) {
+    if (++inserted % 64 == 0) drop_expired();
+    auto weak = c10::weak_intrusive_ptr<c10::StorageImpl>(
+        c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
+    of_storage = cache.emplace(storage, Packings{std::move(weak), {}}).first;
+  }
+  std::vector<Entry>& entries = of_storage->second.entries;
+  const auto found = std::find_if(entries.begin(), entries.end(),
+                                  [&](const Entry& e) { return e.is_of(w, compute, layout, table.name); });
+  const bool known = found != entries.end();
+  if (known && found->version == version && found->data == w.const_data_ptr()) {
+    result.words_ = found->words;
     return result;
   }
   // A kernel on another thread may still read the old copy: it is written over only where nobody holds it.
-  const bool reuse = found != entries.end() && found->second.words.use_count() == 1;
-  result.words_ = reuse ? found->second.words : room_for(count);
+  result.words_ = known && found->words.use_count() == 1 ? found->words : room_for(count);
   pack(result.words_);
-  if (found != entries.end()) {
-    found->second.version = version;
-    found->second.data = w.const_data_ptr();
-    found->second.words = result.words_;
+  if (known) {
+    found->version = version;
+    found->data = w.const_data_ptr();
+    found->words = result.words_;
   } else {
-    if (++inserted % 64 == 0) drop_expired();
-    entries.emplace(key, Entry{c10::weak_intrusive_ptr<c10::StorageImpl>(
-                                   c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl())),
-                               w.const_data_ptr(), version, result.words_});
+    entries.push_back({w.sizes().vec(), w.strides().vec(), w.storage_offset(), w.scalar_type(), compute, layout,
+                       table.name, w.const_data_ptr(), version, result.words_});
   }
   return result;
 }
@@ -99,12 +119,10 @@ int64_t forget(at::TensorList tensors) {
   int64_t count = 0;
   for (const at::Tensor& t : tensors) {
     if (!t.has_storage()) continue;
-    const void* storage = t.storage().unsafeGetStorageImpl();
-    for (auto it = entries.lower_bound(Key{storage, INT64_MIN, {}, {}, 0, 0, 0, nullptr});
-         it != entries.end() && std::get<0>(it->first) == storage;) {
-      it = entries.erase(it);
-      ++count;
-    }
+    const auto found = cache.find(t.storage().unsafeGetStorageImpl());
+    if (found == cache.end()) continue;
+    count += static_cast<int64_t>(found->second.entries.size());
+    cache.erase(found);
   }
   return count;
 }
@@ -113,8 +131,9 @@ int64_t release_all() {
   int64_t bytes = 0;
   {
     std::lock_guard<std::mutex> lock(mutex);
-    for (const auto& [key, entry] : entries) bytes += static_cast<int64_t>(entry.words.nbytes());
-    entries.clear();
+    for (const auto& [storage, packings] : cache)
+      for (const Entry& entry : packings.entries) bytes += static_cast<int64_t>(entry.words.nbytes());
+    cache.clear();
     arena.reset();
   }
   return bytes + release_pool();

@@ -47,9 +47,13 @@ def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdi
 
 
 def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
-    """Bytes kept for backward by a layer above the lowest: what a model of three layers keeps beyond one of two."""
+    """Bytes kept for backward by a layer above the lowest: what a model of three layers keeps beyond one of two.
+
+    Both with as many layers more as the method leaves alone.
+    """
     kept: dict[str, list[int]] = {peer.name: [] for peer in peers}
-    for layers in (2, 3):
+    idle = method(case.method).idle_layers(case)
+    for layers in (idle + 2, idle + 3):
         setup = Setup(dataclasses.replace(case, layers=layers), classifier=True)
         for peer in peers:
             system: Training = peer.setup("training", setup)
@@ -61,7 +65,7 @@ def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
 
 def able(case: Case, peers: Sequence[Peer], progress: report.Progress) -> list[Peer]:
     """Those of ``peers`` that can serve the case at all; the others are named, with the reason."""
-    setup = Setup(dataclasses.replace(case, layers=1), classifier=True)
+    setup = Setup(dataclasses.replace(case, layers=1 + method(case.method).idle_layers(case)), classifier=True)
     found = []
     for peer in peers:
         try:

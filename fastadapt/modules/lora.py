@@ -62,9 +62,11 @@ class LoRA(Part):
     def dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def term(self, weight: int) -> LowRank:
-        """What it adds to weight number ``weight`` of a linear op."""
-        return LowRank(self.lora_A.weight, self.lora_B.weight, self.scale, weight, dropout_p=self.dropout_p())
+    def term(self, weight: int, slot: int = 0) -> LowRank:
+        """What it adds to weight number ``weight`` of a linear op, in the rows of a slot."""
+        children = self._modules  # read directly: a routed batch asks for hundreds of terms
+        a, b = children["lora_A"]._parameters["weight"], children["lora_B"]._parameters["weight"]
+        return LowRank(a, b, self.scale, weight, slot, self.dropout_p())
 
     def ratio(self, weight: Tensor) -> Tensor:
         """DoRA's m/‖W + s·BA‖, [out]; a gradient flows into m alone (arXiv:2402.09353, section 4.3)."""

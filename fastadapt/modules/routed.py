@@ -121,15 +121,12 @@ class Routed:
     def project(self, x: Tensor, linears: Mapping[str, nn.Linear], activation: str, dropout_p: float) -> Tensor:
         """As :func:`fastadapt.modules.project.project`, every row with its slot's biases and LoRAs."""
         weights, theirs = [m.weight for m in linears.values()], terms_of(linears.values())
-        biases = [active.biases.get(name, m.bias) for active in self.actives for name, m in linears.items()]
-        loras = [
-            replace(term, slot=slot)
-            for slot, active in enumerate(self.actives)
-            for term in [
-                *(part.term(i) for i, name in enumerate(linears) for part in active.loras.get(name, ())),
-                *theirs,
-            ]
-        ]
+        own = [(i, name, m.bias) for i, (name, m) in enumerate(linears.items())]
+        biases = [active.biases.get(name, bias) for active in self.actives for _, name, bias in own]
+        loras = []
+        for slot, active in enumerate(self.actives):
+            loras += [part.term(i, slot) for i, name, _ in own for part in active.loras.get(name, ())]
+            loras += [replace(term, slot=slot) for term in theirs]
         rows = self.table.of_batch()
         return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=loras, rows=rows)
 

@@ -56,12 +56,18 @@ def linear(
     if not weights or not biases or len(biases) % len(weights) or (rows is None and len(weights) != len(biases)):
         accepted = "one a weight" if rows is None else "one a weight for each slot"
         raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is {accepted}")
-    for w, b in zip(weights * (len(biases) // len(weights)), biases, strict=True):
+    depth, device = x.shape[-1], x.device
+    for w in weights:
         checks.floating("weight", w)
         if w.dim() != 2:
-            raise ValueError(f"weight: got shape {tuple(w.shape)}; accepted is [N, {x.shape[-1]}]")
-        checks.shape("weight", w, (w.shape[0], x.shape[-1]), x.device)
-        checks.shape("bias", b, (w.shape[0],), x.device)
+            raise ValueError(f"weight: got shape {tuple(w.shape)}; accepted is [N, {depth}]")
+        checks.shape("weight", w, (w.shape[0], depth), device)
+    for i, w in enumerate(weights):
+        checked = None  # the slots of a batch mostly share a bias
+        for b in biases[i :: len(weights)]:
+            if b is not checked:
+                checks.shape("bias", b, (w.shape[0],), device)
+                checked = b
     activation = canonical(activation)
     dropout_p = checks.probability("dropout_p", dropout_p)
     dtype = checks.compute_dtype(x)

@@ -47,19 +47,46 @@ class LowRank:
 
 def check(loras: Sequence[LowRank], weights: Sequence[Tensor], slot_count: int, device: torch.device) -> None:
     """Raise for a LoRA that does not fit its weight."""
-    for n, lora in enumerate(loras):
-        checks.floating(f"a[{n}]", lora.a)
-        if lora.a.dim() != 2 or lora.a.shape[0] < 1:
-            raise ValueError(f"a[{n}]: got shape {tuple(lora.a.shape)}; accepted is [r, {weights[0].shape[1]}], r ≥ 1")
-        if not 0 <= lora.weight < len(weights):
-            raise ValueError(f"loras[{n}].weight: got {lora.weight}; accepted are 0 to {len(weights) - 1}")
-        if not 0 <= lora.slot < slot_count:
-            raise ValueError(f"loras[{n}].slot: got {lora.slot}; accepted are 0 to {slot_count - 1}")
-        rank = lora.a.shape[0]
-        checks.shape(f"a[{n}]", lora.a, (rank, weights[0].shape[1]), device)
-        checks.shape(f"b[{n}]", lora.b, (weights[lora.weight].shape[0], rank), device)
-        checks.number(f"loras[{n}].scale", lora.scale)
-        checks.probability(f"loras[{n}].dropout_p", lora.dropout_p)
+    depth, widths = weights[0].shape[1], [w.shape[0] for w in weights]
+    for n, m in enumerate(loras):
+        if not _fits(m, depth, widths, slot_count, device):
+            _refuse(n, m, depth, widths, slot_count, device)
+
+
+def _fits(m: LowRank, depth: int, widths: Sequence[int], slot_count: int, device: torch.device) -> bool:
+    """Whether nothing is wrong with it; a routed batch asks for hundreds, so no message is made here."""
+    a, b, weight = m.a, m.b, m.weight
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.dim() == b.dim() == 2:
+        return False
+    (rank, k), (columns, depth_of_b) = a.shape, b.shape
+    return (
+        0 <= weight < len(widths)
+        and 0 <= m.slot < slot_count
+        and rank == depth_of_b >= 1
+        and k == depth
+        and columns == widths[weight]
+        and a.device == b.device == device
+        and a.dtype in checks.FLOATING
+        and b.dtype in checks.FLOATING
+        and type(m.scale) is type(m.dropout_p) is float
+        and 0.0 <= m.dropout_p <= 1.0
+    )
+
+
+def _refuse(n: int, m: LowRank, depth: int, widths: Sequence[int], slot_count: int, device: torch.device) -> None:
+    """Raise for what does not fit; numbers that are no floats may be right all the same."""
+    checks.floating(f"a[{n}]", m.a)
+    if m.a.dim() != 2 or m.a.shape[0] < 1:
+        raise ValueError(f"a[{n}]: got shape {tuple(m.a.shape)}; accepted is [r, {depth}], r ≥ 1")
+    if not 0 <= m.weight < len(widths):
+        raise ValueError(f"loras[{n}].weight: got {m.weight}; accepted are 0 to {len(widths) - 1}")
+    if not 0 <= m.slot < slot_count:
+        raise ValueError(f"loras[{n}].slot: got {m.slot}; accepted are 0 to {slot_count - 1}")
+    rank = m.a.shape[0]
+    checks.shape(f"a[{n}]", m.a, (rank, depth), device)
+    checks.shape(f"b[{n}]", m.b, (widths[m.weight], rank), device)
+    checks.number(f"loras[{n}].scale", m.scale)
+    checks.probability(f"loras[{n}].dropout_p", m.dropout_p)
 
 
 def lora(

@@ -51,6 +51,10 @@ class Method:
         """``rank_or_bottleneck`` of its records."""
         return case.bottleneck
 
+    def idle_layers(self, case: Case) -> int:
+        """How many layers, from the input, the method leaves as they were."""
+        return 0
+
     def extra(self, case: Case) -> dict[str, Any]:
         """What its records say beyond the common columns."""
         return {}

@@ -149,6 +149,9 @@ class Dropped(Bottleneck):
             raise UserError(f"--drop: got {case.drop}; accepted are 0 to {count - 1}, less than the model's layers")
         return islice(enumerate(encoder_layers(model)), case.drop, None)
 
+    def idle_layers(self, case: Case) -> int:
+        return case.drop
+
     def extra(self, case: Case) -> dict[str, Any]:
         return {"drop": case.drop}
 
