@@ -681,3 +681,25 @@ def test_statistics_are_those_of_the_sum_as_it_is_stored():
     )  # fmt: skip
     deviation = y.float().std(-1, unbiased=False)
     assert (deviation - 1).abs().max() < 0.01
+
+
+@pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="no C++ kernels here")
+def test_packed_weights_are_their_own_while_others_come_and_go():
+    """Weights of half a megabyte lie in blocks that several share; some are dropped, changed and replaced in between."""
+    generator = torch.Generator().manual_seed(11)
+    cpu = dispatch.load("cpu")
+
+    def weights(count):
+        return [torch.randn(384, 384, generator=generator) for _ in range(count)]
+
+    x, kept = torch.randn(3, 384, generator=generator), weights(90)  # more than one block holds
+    with fa.backend("cpu"):
+        for turn in range(4):
+            for w in kept:
+                torch.testing.assert_close(fa.ops.linear(x, w), x @ w.T, atol=1e-3, rtol=1e-4)
+            kept = kept[turn % 2 :: 2] + weights(30)
+            kept[0].mul_(2.0)
+            assert cpu.forget(kept[1:3]) == 2
+        size = sum(w.nbytes for w in kept[:3])
+        assert cpu.release() >= size
+        torch.testing.assert_close(fa.ops.linear(x, kept[3]), x @ kept[3].T, atol=1e-3, rtol=1e-4)
