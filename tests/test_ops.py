@@ -685,7 +685,7 @@ def test_statistics_are_those_of_the_sum_as_it_is_stored():
 
 @pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="no C++ kernels here")
 def test_packed_weights_are_their_own_while_others_come_and_go():
-    """Weights of half a megabyte lie in blocks that several share; some are dropped, changed and replaced in between."""
+    """Weights of half a megabyte lie in blocks that several share; some are dropped, changed and replaced."""
     generator = torch.Generator().manual_seed(11)
     cpu = dispatch.load("cpu")
 
