@@ -80,10 +80,10 @@ class _LiveLoRA:
     def __init__(self, lora: nn.Module) -> None:
         self.lora, self.rank = lora, lora.r
 
-    def term(self, weight: int) -> LowRank:
+    def term(self, weight: int, slot: int = 0) -> LowRank:
         dropout = self.lora.lora_dropout
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LowRank(self.lora.lora_A, self.lora.lora_B, self.lora.scaling, weight, dropout_p=p)
+        return LowRank(self.lora.lora_A, self.lora.lora_B, self.lora.scaling, weight, slot, p)
 
 
 class HubSublayer(FusedSublayer):
