@@ -65,7 +65,7 @@ class LoRA(Part):
     def term(self, weight: int, slot: int = 0) -> LowRank:
         """What it adds to weight number ``weight`` of a linear op, in the rows of a slot."""
         children = self._modules  # read directly: a routed batch asks for hundreds of terms
-        a, b = children["lora_A"]._parameters["weight"], children["lora_B"]._parameters["weight"]
+        a, b = children["lora_A"].weight, children["lora_B"].weight
         return LowRank(a, b, self.scale, weight, slot, self.dropout_p())
 
     def ratio(self, weight: Tensor) -> Tensor:
