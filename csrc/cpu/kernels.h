@@ -194,8 +194,8 @@ struct Mix {  // of `count` adapters with bottlenecks of b
   int64_t rows, count, b;
   const void *sigma, *t, *shift;  // [rows, count b], [rows, count b + count], [rows] or null
   Dropout drop;
-  void* m;                       // like t: forward: the mix, then the weights; backward: their gradient, read
-  void *dsigma, *dt, *dshift;    // backward; dshift null where shift is
+  void* m;                     // like t: forward: the mix, then the weights; backward: their gradient, read
+  void *dsigma, *dt, *dshift;  // backward; dshift null where shift is
   int threads;
 };
 
