@@ -104,8 +104,33 @@ def test_the_command_and_its_interruption(room, tmp_path, capsys, monkeypatch):
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(NAMES) and len({line.count("|") for line in lines}) == 1
     assert printed.count("must") == 4 and "missing" in printed  # no bf16 was timed
-    assert not list((tmp_path / "out" / "cells").iterdir())  # weights are not kept
+    left = list((tmp_path / "out" / "cells").iterdir())
+    assert left and all(path.suffix == ".lock" for path in left)  # weights are not kept
     assert table(room, tmp_path / "out", "--rows", "8") == 2 and "another folder" in capsys.readouterr().err
+
+
+def test_what_another_process_is_at_is_left_to_it(room, tmp_path, capsys):
+    rates, out = tmp_path / "rates.json", tmp_path / "out"
+    rates.write_text(json.dumps({"rates": {"full": {"lr": 1e-3}}}))
+    command = ["--rates", str(rates), "--epochs", "1", "--tasks", "cola", "--methods", "full", "--seeds", "0", "1",
+               "--time-dtypes"]  # fmt: skip
+    with cells_module.claim(out / "cells" / "cola-full-0.lock") as ours:
+        assert ours
+        assert run(room, out, *command) == 0
+    assert "1 cells were under way" in capsys.readouterr().err
+    assert [c["seed"] for c in json.loads((out / "table.json").read_text())["cells"]] == [1]
+    assert run(room, out, *command) == 0  # the other has died, and its cell is free again
+    assert [c["seed"] for c in json.loads((out / "table.json").read_text())["cells"]] == [1, 0]
+
+
+def test_a_rate_that_another_process_looks_for_is_left_to_it(room, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    rates, out = tmp_path / "rates.json", tmp_path / "out"
+    few = ["--rates", str(rates), "--find-rates", "--rate-rows", "8", "--rate-epochs", "1", "--rate-tasks", "cola"]
+    with cells_module.claim(out / "rates" / "full.lock"):
+        assert run(room, out, *few, "--methods", "full", "head") == 0
+    assert "under way in another process" in capsys.readouterr().err
+    assert set(json.loads(rates.read_text())["rates"]) == {"head"}
 
 
 def cell(task: str, name: str, seed: int, score: float) -> dict:

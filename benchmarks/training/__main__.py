@@ -3,7 +3,9 @@
     python -m benchmarks.training --data DIR --find-rates      the learning rates, by a small sweep
     python -m benchmarks.training --data DIR --seeds 0 1 2     the table
 
-DIR holds CoLA, SST-2, STS-B and TREC. Either may be stopped at any time, and goes on when it is called again.
+DIR holds CoLA, SST-2, STS-B and TREC. Either may be stopped at any time, and goes on when it is called again. Small
+models keep several cores busy better as several processes: call it once a core with --threads 1, and each takes what
+no other is at (times are measured first; measure them alone, and give the others --time-dtypes without a value).
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,54 +55,92 @@ class Plan:
         return {k: getattr(self, k) for k in ("epochs", "batch", "rows", "dtype", "device")}
 
 
+@contextmanager
+def claim(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether ``path``, a piece of work, is now this process's alone; free again afterwards, and if the process dies.
+
+    With ``wait``, it is as soon as nobody else has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 class Store:
-    """The finished cells, in a file that is whole at any time."""
+    """The finished cells, in a file that is whole at any time and that several processes may add to."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.content: dict[str, Any] = {"settings": settings, "cells": [], "times": []}
-        if path.is_file():
-            self.content = checkpoints.read_json(path)
-            if self.content["settings"] != settings:
-                raise UserError(f"--out: {path} is of {self.content['settings']}, but now {settings} are asked for; "
-                                "accepted is another folder")  # fmt: skip
+        self.read()
+        if self.content["settings"] != settings:
+            raise UserError(f"--out: {path} is of {self.content['settings']}, but now {settings} are asked for; "
+                            "accepted is another folder")  # fmt: skip
+
+    def read(self) -> None:
+        """See what others have added."""
+        if self.path.is_file():
+            self.content = checkpoints.read_json(self.path)
 
     def find(self, kind: str, **key: Any) -> Record | None:
         found = (row for row in self.content[kind] if all(row[k] == v for k, v in key.items()))
         return next(found, None)
 
     def add(self, kind: str, row: Record) -> None:
-        self.content[kind].append(row)
-        checkpoints.write_json(self.path, self.content)
+        with claim(self.path.with_suffix(".lock"), wait=True):
+            self.read()
+            self.content[kind].append(row)
+            checkpoints.write_json(self.path, self.content)
 
 
 def train_cells(
     plan: Plan, store: Store, tasks: Sequence[str], names: Sequence[str], seeds: Sequence[int],
     rates: dict[str, float], progress: Progress,
 ) -> None:  # fmt: skip
-    """Train every cell that is not in ``store``."""
+    """Train every cell that is neither in ``store`` nor under way in another process."""
     wanted = [(seed, task, name) for seed in seeds for task in tasks for name in names]
+    elsewhere = 0
     for number, (seed, task, name) in enumerate(wanted, start=1):
-        key = {"task": task, "variant": name, "seed": seed}
         label = f"cell {number} of {len(wanted)}: {task}, {VARIANTS[name].label}, seed {seed}"
-        before = store.find("cells", **key)
-        if before is not None:
-            if before["lr"] != rates[name]:
+        folder = plan.out / "cells" / f"{task}-{name}-{seed}"
+        with claim(folder.with_suffix(".lock")) as ours:
+            if not ours:
+                progress.step(f"{label}: under way in another process")
+                elsewhere += 1
+                continue
+            store.read()
+            before = store.find("cells", task=task, variant=name, seed=seed)
+            if before is None:
+                progress.step(label)
+                store.add("cells", train_cell(plan, task, name, seed, folder, rates[name], progress))
+                shutil.rmtree(folder)  # what it found is in the store, and a full model's weights are large
+            elif before["lr"] != rates[name]:
                 raise UserError(f"--out: {store.path} has {label} at the rate {before['lr']:g}; accepted is another "
                                 "folder for other rates")  # fmt: skip
-            continue
-        progress.step(label)
-        folder = plan.out / "cells" / f"{task}-{name}-{seed}"
-        report = run.train(plan.options(task, name, seed, folder, rates[name]), progress)
-        (found,) = report["tasks"].values()
-        (stage,) = report["stages"]
-        score = found["scores"][str(seed)]
-        store.add("cells", {
-            **key, "lr": rates[name], "metric": found["metric"], "score": score["score"], "scores": score,
-            "parameters": found["parameters"], "base": report["size"]["base"], "steps": stage["steps"],
-            "epochs": stage["epochs"], "seconds_a_step": stage["seconds_a_step"],
-        })  # fmt: skip
-        shutil.rmtree(folder)  # what it found is in the store, and a full model's weights are large
+    store.read()
+    if elsewhere:
+        progress.step(f"{elsewhere} cells were under way in other processes; the same command shows them when they end")
+
+
+def train_cell(
+    plan: Plan, task: str, name: str, seed: int, folder: Path, lr: float, progress: Progress
+) -> Record:
+    """Train one cell in ``folder``; what the table keeps of it."""
+    options = plan.options(task, name, seed, folder, lr)
+    report = run.train(options, progress)
+    (found,) = report["tasks"].values()
+    (stage,) = report["stages"]
+    score = found["scores"][str(seed)]
+    return {
+        "task": task, "variant": name, "seed": seed, "lr": lr, "metric": found["metric"], "score": score["score"],
+        "scores": score, "parameters": found["parameters"], "base": report["size"]["base"], "steps": stage["steps"],
+        "epochs": stage["epochs"], "seconds_a_step": stage["seconds_a_step"], "dtype": options.settled().dtype,
+    }  # fmt: skip
 
 
 def find_rates(
@@ -108,20 +148,32 @@ def find_rates(
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Sweep every variant's rates on some tasks; the one with the best mean score, into ``path``."""
-    rates: dict[str, Any] = checkpoints.read_json(path)["rates"] if path.is_file() else {}
+
+    def known() -> dict[str, Any]:
+        return checkpoints.read_json(path)["rates"] if path.is_file() else {}
+
+    how = {"tasks": list(tasks), "seed": 0, **plan.settings()}
     for name in dict.fromkeys(rate_name(n) for n in names):
-        if name in rates:
-            continue
-        variant = VARIANTS[name]
-        scores: dict[str, dict[str, float]] = {}
-        for task in tasks:
-            progress.step(f"rates of {variant.label} on {task}")
-            options = plan.options(task, name, 0, plan.out / "rates" / f"{task}-{name}", variant.rates[0])
-            report = sweep.sweep(options, {"lr": variant.rates}, progress)
-            scores[task] = {f"{cell['lr']:g}": cell["mean"] for cell in report["cells"]}
-            shutil.rmtree(options.output)
-        means = {rate: statistics.fmean(scores[task][f"{rate:g}"] for task in tasks) for rate in variant.rates}
-        rates[name] = {"lr": max(means, key=means.__getitem__), "scores": scores}
-        how = {"tasks": list(tasks), "seed": 0, **plan.settings()}
-        checkpoints.write_json(path, {"how": how, "environment": environment, "rates": rates})
-    return rates
+        with claim(plan.out / "rates" / f"{name}.lock") as ours:
+            if not ours:
+                progress.step(f"rates of {VARIANTS[name].label}: under way in another process")
+            elif name not in known():
+                found = sweep_rates(plan, tasks, name, progress)
+                with claim(plan.out / "rates" / "all.lock", wait=True):
+                    content = {"how": how, "environment": environment, "rates": {**known(), name: found}}
+                    checkpoints.write_json(path, content)
+    return known()
+
+
+def sweep_rates(plan: Plan, tasks: Sequence[str], name: str, progress: Progress) -> dict[str, Any]:
+    """The scores of one variant at each of its rates, and the rate with the best mean."""
+    variant = VARIANTS[name]
+    scores: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        progress.step(f"rates of {variant.label} on {task}")
+        options = plan.options(task, name, 0, plan.out / "rates" / f"{task}-{name}", variant.rates[0])
+        report = sweep.sweep(options, {"lr": variant.rates}, progress)
+        scores[task] = {f"{cell['lr']:g}": cell["mean"] for cell in report["cells"]}
+        shutil.rmtree(options.output)
+    means = {rate: statistics.fmean(scores[task][f"{rate:g}"] for task in tasks) for rate in variant.rates}
+    return {"lr": max(means, key=means.__getitem__), "scores": scores}

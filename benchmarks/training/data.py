@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def files(name: str, folder: Path, out: Path) -> Files:
                 raise UserError(f"{path}, line {number}: has {line.count(chr(9)) + 1} columns, too few") from None
         target = out / f"{name}.{side}.tsv"
         out.mkdir(parents=True, exist_ok=True)
-        target.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+        part = target.with_name(f".{target.name}.{os.getpid()}")  # another process may be reading the file
+        part.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(part, target)
         sides.append(Source(target, "2", "3" if len(rows[0]) == 3 else None, "1"))
     return Files(name, *sides, "regression" if dataset.metric == "spearman" else "classification", dataset.metric)

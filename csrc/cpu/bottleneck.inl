@@ -16,7 +16,7 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     keep = scr.get<int8_t>(4, rows * keep_stride);
     keep_rows(r0, rows, h, p.drop, keep);
   }
-  const bool direct = in_place<T>(rows, h);
+  const bool direct = in_place<T>(rows, h, b);
   for (int64_t r = 0; r < rows; ++r) {
     if (!direct) copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
     pad_row<T>(a, r, b);

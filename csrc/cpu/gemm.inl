@@ -47,10 +47,11 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
   return acc + (F)b * f;
 }
 
-// Ldb: words between rows of B where that is known, which spares the loop its address arithmetic; 0 where it isn't.
+// Lda, Ldb: words between rows of A, and of B where that is known, which spares the loop its address arithmetic; 0 where
+// it isn't.
 // ask: what is multiplied later; a cache line is asked for every four steps. A burst of requests would take all of the
 // few that a core may have under way, and A's own would wait.
-template <int MR, bool Pairs, int NV, int Ldb>
+template <int MR, bool Pairs, int NV, int Lda, int Ldb>
 __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb_, int64_t kw,
                                     float* __restrict c, int64_t ldc, bool accumulate, const char* ask) {
   const int64_t ldb = Ldb ? Ldb : ldb_;
@@ -59,18 +60,22 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[m][v] = F{};
+  constexpr int turn = Ldb ? 4 : 1;  // the loop's own instructions weigh; four steps share them
   auto step = [&](int64_t j) __attribute__((always_inline)) {
     U row[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) std::memcpy(&row[v], b + j * ldb + v * W, sizeof(U));
+    for (int v = 0; v < NV; ++v) {
+      std::memcpy(&row[v], b + j * ldb + v * W, sizeof(U));
+      // A strip and a tile's rows don't fit a first-level cache of 32 KiB together: its next lines come in time.
+      if constexpr (Ldb && W == 16) __builtin_prefetch(b + (j + turn) * ldb + v * W, 0, 3);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      uint32_t x = a[m * kStride + j];
+      uint32_t x = a[m * Lda + j];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<Pairs>(acc[m][v], row[v], x);
     }
   };
-  constexpr int turn = Ldb ? 4 : 1;  // the loop's own instructions weigh; four steps share them
   int64_t k = 0;
   for (; k + turn <= kw; k += turn) {
 #pragma GCC unroll 4
@@ -97,9 +102,9 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
 }
 
 using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool, const char*);
-template <bool Pairs, int NV, int Ldb, int... M>
+template <bool Pairs, int NV, int Lda, int Ldb, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
-  return {tile<M + 1, Pairs, NV, Ldb>...};
+  return {tile<M + 1, Pairs, NV, Lda, Ldb>...};
 }
 
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -115,26 +120,36 @@ struct Tiles {
   static constexpr int max_rows = FA_ROWS;
   static constexpr int64_t pass = Operand<T>::pairs ? 384 : 256;
   static constexpr bool whole = false, apart = false;
+  // The one length of rows in memory that a tile is made for. Past some columns a copy is repaid: its rows fall on more
+  // sets of the first-level cache.
+  static constexpr bool reads_rows(int64_t k, int64_t columns = 0) {
+    return W == 16 && std::is_same_v<T, float> && k == kBlock && columns <= 1536;
+  }
   struct Session {};
-  // One strip.
-  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                  bool accumulate, const void* ask = nullptr) {
-    vectors<kStrip<T> / W>(rows, a, b, ldb, kw, c, ldc, accumulate, ask);
+  // One strip; rows of A are kStride words apart, or kBlock where reads_rows.
+  static void run(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
+                  int64_t ldc, bool accumulate, const void* ask = nullptr) {
+    vectors<kStrip<T> / W>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, ask);
   }
   // Of a strip the first W columns only.
-  static void run_narrow(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                         bool accumulate, const void* ask = nullptr) {
-    vectors<1>(rows, a, b, ldb, kw, c, ldc, accumulate, ask);
+  static void run_narrow(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
+                         int64_t ldc, bool accumulate, const void* ask = nullptr) {
+    vectors<1>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, ask);
   }
 
  private:
   template <int NV>
-  static void vectors(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                      bool accumulate, const void* ask) {
+  static void vectors(int rows, const uint32_t* a, [[maybe_unused]] int64_t lda, const uint32_t* b, int64_t ldb,
+                      int64_t kw, float* c, int64_t ldc, bool accumulate, const void* ask) {
     using Rows = std::make_integer_sequence<int, FA_ROWS>;
-    static constexpr auto packed = tiles_of<Operand<T>::pairs, NV, kStrip<T>>(Rows{});
-    static constexpr auto loose = tiles_of<Operand<T>::pairs, NV, 0>(Rows{});
-    (ldb == kStrip<T> ? packed : loose)[rows - 1](a, b, ldb, kw, c, ldc, accumulate, (const char*)(ask ? ask : a));
+    static constexpr auto packed = tiles_of<Operand<T>::pairs, NV, kStride, kStrip<T>>(Rows{});
+    static constexpr auto loose = tiles_of<Operand<T>::pairs, NV, kStride, 0>(Rows{});
+    const auto* tiles = ldb == kStrip<T> ? &packed : &loose;
+    if constexpr (reads_rows(kBlock)) {
+      static constexpr auto in_memory = tiles_of<Operand<T>::pairs, NV, kBlock, kStrip<T>>(Rows{});
+      if (lda == kBlock) tiles = &in_memory;
+    }
+    (*tiles)[rows - 1](a, b, ldb, kw, c, ldc, accumulate, (const char*)(ask ? ask : a));
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -144,10 +159,12 @@ struct Tiles<bf16> {
   // 16 KiB of A and as many of B: both stay in the first-level cache while they are multiplied.
   static constexpr int64_t pass = 128;
   static constexpr bool whole = true, apart = true;
+  // Whole groups of words; 16 lines or a multiple apart they would fall on few sets of the first-level cache.
+  static constexpr bool reads_rows(int64_t k, int64_t = 0) { return k % 32 == 0 && k / 32 % 16 != 0; }
   using Session = AmxSession;
-  static void run(int rows, const uint32_t* a, const uint32_t* b, int64_t ldb, int64_t kw, float* c, int64_t ldc,
-                  bool accumulate) {
-    amx_tile<false>(rows, a, kStride, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {}, [](bool) {});
+  static void run(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
+                  int64_t ldc, bool accumulate) {
+    amx_tile<false>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {}, [](bool) {});
   }
   template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
@@ -175,24 +192,24 @@ struct ABlock {
   static int64_t size(int64_t rows, int64_t kw) { return (kw + kBlock - 1) / kBlock * padded_rows(rows) * kStride; }
 };
 
-// Rows multiplied where they lie in memory, whole tiles of them.
+// Rows multiplied where they lie in memory.
 struct RowsInPlace {
   const uint32_t* words;
   int64_t words_a_row;
   const uint32_t* row(int64_t m, int64_t kw) const { return words + m * words_a_row + kw; }
   int64_t stride() const { return words_a_row; }
 };
-// Where that is possible, and the rows of a tile don't fall on few sets of the first-level cache.
+// Where that is possible and pays for so many columns of the product; where a tile is always whole, of whole tiles only.
 template <class T>
-FA_INLINE bool in_place(int64_t rows, int64_t k) {
-  return Tiles<T>::apart && rows % Tiles<T>::max_rows == 0 && k % 32 == 0 && k / 32 % 16 != 0;
+FA_INLINE bool in_place(int64_t rows, int64_t k, int64_t columns) {
+  return Tiles<T>::reads_rows(k, columns) && (!Tiles<T>::whole || rows % Tiles<T>::max_rows == 0);
 }
 
 // fn(rows) for k elements a row of x in place, or for the block.
 template <class T, class Fn>
 FA_INLINE void with_rows([[maybe_unused]] bool direct, [[maybe_unused]] const T* x, [[maybe_unused]] int64_t k,
                          const ABlock& block, Fn&& fn) {
-  if constexpr (Tiles<T>::apart)
+  if constexpr (Tiles<T>::reads_rows(kBlock))
     if (direct) return fn(RowsInPlace{(const uint32_t*)x, k / Operand<T>::per_word});
   fn(block);
 }
@@ -277,13 +294,14 @@ FA_INLINE Passes<T> passes_of(const Packed& p) {
   list.add_packed(p.words, words_of<T>(p.k));
   return list;
 }
-// All strips of a panel for one tile of rows, a's words standing where the pass begins.
+// All strips of a panel for one tile of a block's rows, a's words standing where the pass begins.
 template <class T>
 FA_INLINE void multiply_panel(int rows, const uint32_t* a, const Pass& pass, int64_t panel, float* c, int64_t ldc,
                               bool accumulate) {
   const uint32_t* b = pass.b + panel * pass.panel_stride;
   for (int strip = 0; strip < 32 / kStrip<T>; ++strip)
-    Tiles<T>::run(rows, a, b + strip * pass.strip_stride, pass.ldb, pass.words, c + strip * kStrip<T>, ldc, accumulate);
+    Tiles<T>::run(rows, a, kStride, b + strip * pass.strip_stride, pass.ldb, pass.words, c + strip * kStrip<T>, ldc,
+                  accumulate);
 }
 
 // Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
@@ -373,7 +391,7 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
           for (int64_t i = 0; i < blocks; ++i) {
             const RowTile t = tile_at(i);
             float* tile = c + i * Tl::max_rows * 32;
-            run((int)t.rows, a.row(t.m, pass.a), b + strip * pass.strip_stride, pass.ldb, pass.words,
+            run((int)t.rows, a.row(t.m, pass.a), a.stride(), b + strip * pass.strip_stride, pass.ldb, pass.words,
                 tile + strip * kStrip<T>, 32, i_pass > 0,
                 lines ? ask + strip * next.strip_stride * 4 + lines * i / blocks * 64 : nullptr);
             if (!ready) continue;

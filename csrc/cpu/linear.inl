@@ -73,7 +73,7 @@ TileList tiles_of_chunk(const LowRanks& low, int64_t all_rows, int64_t r0, int64
 }
 template <class T>
 bool all_whole(const TileList& list) {
-  for (int64_t i = 0; i < list.count; ++i)
+  for (int64_t i = 0; i < list.count && Tiles<T>::whole; ++i)
     if (list.tiles[i].rows != Tiles<T>::max_rows) return false;
   return true;
 }
@@ -259,7 +259,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 3);
   int64_t* at = s.get<int64_t>(4, low.count);
   // Where x is read in place, only the LoRAs' words stand in the block.
-  const bool direct = in_place<T>(rows, p.k) && all_whole<T>(tiles);
+  const bool direct = in_place<T>(rows, p.k, p.n / columns) && all_whole<T>(tiles);
   const int64_t words = std::max<int64_t>(1, place<T>(low, direct ? 0 : kw, at));
   const NothingToAdd nothing;
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};

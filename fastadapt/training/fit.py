@@ -109,7 +109,7 @@ def arguments(options: Options, seed: int, where: Path, units: Sequence[Unit]) -
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         lr_scheduler_type="linear",
-        optim="adamw_torch",  # without decay, as by default, this is Adam
+        optim="adamw_torch_fused",  # without decay, as by default, this is Adam
         seed=seed,
         data_seed=seed,
         bf16=options.dtype == "bf16",
