@@ -9,7 +9,7 @@
 template <class T>
 int64_t chunk_rows(int64_t rows, int64_t kw) {
   constexpr bool fast = Tiles<T>::whole;
-  constexpr int64_t words = (fast ? 288 : 260) * 1024, most = fast ? 512 : 168;
+  constexpr int64_t words = (fast ? 288 : W == 16 ? 520 : 260) * 1024, most = fast ? 512 : 168;
   if (rows <= 128) return rows;
   return std::max<int64_t>(32, std::min(most, words / kw) / Tiles<T>::max_rows * Tiles<T>::max_rows);
 }
