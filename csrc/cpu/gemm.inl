@@ -1,4 +1,5 @@
-// The matrix product under every op: rows of A (copied into a block with a constant row stride) by packed panels of B.
+// The matrix product under every op: rows of A by packed panels of B. Rows are copied into a block with a constant row
+// stride, or multiplied where they lie.
 //
 // A block is [k blocks][rows][kStride] words. The constant stride turns a row's address into an instruction's
 // displacement, and 784 words (49 cache lines, an odd number) keep the rows of a tile apart in a set-associative cache.
