@@ -11,6 +11,7 @@ no other is at (times are measured first; measure them alone, and give the other
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import shlex
 import sys
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rates", type=Path, default=RESULTS / "training_rates.json", metavar="FILE")
     p.add_argument("--find-rates", action="store_true", help="sweep the learning rates, and stop")
     p.add_argument("--rate-tasks", nargs="+", choices=DATASETS, default=["cola", "trec"], help="(cola trec)")
-    p.add_argument("--rate-rows", type=int, default=2000, metavar="N", help="training rows of each sweep (2000)")
+    p.add_argument("--rate-rows", type=int, metavar="N", help="training rows of each sweep (as --rows); CoLA needs all")
     p.add_argument("--rate-epochs", type=float, default=3, metavar="N", help="(3)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="(0)")
     p.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     progress = Progress()
     plan = cells.Plan(args.data, args.out, args.model or model_folder(), args.epochs, args.batch, args.rows, args.dtype)
     if args.find_rates:
-        few = cells.Plan(args.data, args.out, plan.model, args.rate_epochs, args.batch, args.rate_rows, args.dtype)
+        few = dataclasses.replace(plan, epochs=args.rate_epochs, rows=args.rate_rows or args.rows)
         found = cells.find_rates(few, args.rate_tasks, args.methods, args.rates, environment("cpu"), progress)
         for name, row in found.items():
             tried = "; ".join(f"{task} " + ", ".join(f"{r}: {s:.3f}" for r, s in scores.items())
