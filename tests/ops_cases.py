@@ -113,6 +113,13 @@ BOTTLENECK_CASES = pairwise(
         "parameters": ("same", "float32"),
     }
 )
+# Rows of 768 floats are multiplied where they lie.
+ROWS_IN_PLACE = {"dtype": torch.float32, "rows": 33, "activation": "gelu", "p": 0.0, "layout": LAYOUTS[0],
+                 "parameters": "same"}  # fmt: skip
+BOTTLENECK_CASES.append({
+    **ROWS_IN_PLACE, "hidden": 768, "bottleneck": 48, "scale": "one", "skip": True, "residual": True, "norm": True,
+    "biases": True,
+})  # fmt: skip
 ADD_NORM_CASES = pairwise(
     {
         "dtype": DTYPES,

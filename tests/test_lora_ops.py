@@ -40,6 +40,10 @@ LORA_CASES = cases.pairwise(
         "parameters": ("same", "float32"),
     }
 )
+LORA_CASES.append({
+    **cases.ROWS_IN_PLACE, "features": 768, "outputs": (100, 36, 7), "rank": 8, "loras": "each", "dropped": "none",
+    "biases": "all",
+})  # fmt: skip
 ROUTED_CASES = cases.pairwise(
     {
         "dtype": cases.DTYPES,

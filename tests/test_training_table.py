@@ -117,7 +117,7 @@ def test_what_another_process_is_at_is_left_to_it(room, tmp_path, capsys):
     with cells_module.claim(out / "cells" / "cola-full-0.lock") as ours:
         assert ours
         assert run(room, out, *command) == 0
-    assert "1 cells were under way" in capsys.readouterr().err
+    assert "under way in other processes: 1" in capsys.readouterr().err
     assert [c["seed"] for c in json.loads((out / "table.json").read_text())["cells"]] == [1]
     assert run(room, out, *command) == 0  # the other has died, and its cell is free again
     assert [c["seed"] for c in json.loads((out / "table.json").read_text())["cells"]] == [1, 0]

@@ -124,7 +124,7 @@ def train_cells(
                                 "folder for other rates")  # fmt: skip
     store.read()
     if elsewhere:
-        progress.step(f"{elsewhere} cells were under way in other processes; the same command shows them when they end")
+        progress.step(f"under way in other processes: {elsewhere}; the same command shows them when they end")
 
 
 def train_cell(

@@ -36,7 +36,7 @@ class Variant:
 
 
 _WIDE = (3e-4, 1e-3, 3e-3)
-_MANY = (3e-4, 6e-4, 1e-3)  # two adapters a layer: at 2e-3 CoLA's answers stay those of the larger class
+_MANY = (3e-4, 6e-4, 1e-3)  # two adapters a layer: above, CoLA's answers stayed those of the larger class
 
 
 def _houlsby(b: int, rate_of: str | None = None) -> Variant:
