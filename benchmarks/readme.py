@@ -80,12 +80,16 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     """The training table, with how its learning rates were found."""
     sys.path.insert(0, str(ROOT))  # this file is run as a script
     from benchmarks.training import figures
+    from benchmarks.training.variants import ADAPTER, VARIANTS
 
     how, rates = document["settings"], document["rates"]["how"]
+    rows = "all rows" if rates["rows"] is None else f"{rates['rows']} rows"
+    given = " ".join(f"--set {field}={value}" for field, value in ADAPTER.items())
+    names = [variant.label for variant in VARIANTS.values() if variant.size.fields == ADAPTER]
     text = (
         f"`{document['command']}`: {how['epochs']:g} epochs, batch {how['batch']}; the best of an evaluation an epoch. "
-        f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rates['rows']} rows, "
-        f"{rates['epochs']:g} epochs, one seed; `--find-rates`). {where(document)}"
+        f"Rates: of three a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
+        f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {where(document)}"
     )
     return f"{figures.markdown(document)}\n{text}\n"
 

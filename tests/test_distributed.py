@@ -203,7 +203,7 @@ def command(room: Path, output: Path, *argv: str) -> list[str]:
              f"topic={room}/topic.tsv", "--dev", f"topic={room}/topic-dev.tsv", "--text", "topic=2", "--label",
              "topic=1"]  # fmt: skip
     how = ["--method", "houlsby", "--bottleneck", "8", "--epochs", "2", "--batch", "8", "--lr", "1e-2", "--dtype",
-           "fp32", "--device", "cpu", "--threads", "1"]  # fmt: skip
+           "fp32", "--device", "cpu", "--threads", "1", "--seeds", "0"]  # fmt: skip
     return ["train", "--model", str(room / "bert"), *files, *how, "--output", str(output), *argv]
 
 

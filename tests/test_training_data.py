@@ -151,7 +151,7 @@ def room(tmp_path_factory) -> Path:
 
 def argv(room: Path, **options: str) -> list[str]:
     given = {"model": room / "bert", "train": room / "mood.tsv", "dev": room / "mood.tsv", "output": room / "out"}
-    given |= {"device": "cpu", "epochs": "1"} | options
+    given |= {"device": "cpu", "epochs": "1", "seeds": "0"} | options
     return ["train", *(text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastadapt.cli.arguments import check_device, positive, probability, targets_of
 from fastadapt.errors import UserError
 from fastadapt.training.data import FORMATS, Source
-from fastadapt.training.recipe import RECIPES, Size, parse_field
+from fastadapt.training.recipe import RECIPES, SEEDS, Size, parse_field
 
 if TYPE_CHECKING:
     from fastadapt.training.options import Options
@@ -122,7 +122,8 @@ def _train_parser(commands: Any) -> None:
     )
 
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N", help="the best on dev is kept (0)")
+    recipe.add_argument("--seeds", type=_seed, nargs="+", metavar="N",
+                        help="the best on dev is kept (0 1 2; of a sweep without the axis seed, 0)")  # fmt: skip
     recipe.add_argument("--sweep", type=_axis, nargs="+", metavar="AXIS=V,V", help="train a grid: lr=1e-4,1e-3 "
                         "size=8,64 seed=0,1 (size: of the bottleneck, the LoRA, the prefix); needs optuna")  # fmt: skip
     recipe.add_argument("--epochs", type=_rate, metavar="N", help="(10; full 3)")
@@ -271,7 +272,7 @@ def _options(args: argparse.Namespace) -> Options:
         output=output,
         size=Size(args.bottleneck, args.rank, args.targets, args.length, dict(args.set)),
         adapters=tuple(Path(folder) for folder in args.adapters),
-        seeds=tuple(dict.fromkeys(args.seeds)),
+        seeds=tuple(dict.fromkeys(args.seeds or ([0] if args.sweep else SEEDS))),
         **{name: getattr(args, name) for name in same},
     )
 
