@@ -94,9 +94,11 @@ def _named(mangled: str) -> tuple[str, str, int] | None:
     if found is None:
         return None
     kernel, store, word, rows = found.groups()
-    return re.sub(r"^.*?(remerge|summarise|collect|bottleneck|add_norm)$", r"\1", kernel), _TYPES.get(
-        store or word or "", "-"
-    ), int(rows or 0)
+    return (
+        re.sub(r"^.*?(remerge|summarise|collect|bottleneck|add_norm)$", r"\1", kernel),
+        _TYPES.get(store or word or "", "-"),
+        int(rows or 0),
+    )
 
 
 def _reports(log: str) -> Iterator[tuple[str, dict[str, int]]]:

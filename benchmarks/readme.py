@@ -87,7 +87,7 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     given = " ".join(f"--set {field}={value}" for field, value in ADAPTER.items())
     names = [variant.label for variant in VARIANTS.values() if variant.size.fields == ADAPTER]
     text = (
-        f"`{document['command']}`: {how['epochs']:g} epochs, batch {how['batch']}; the best of an evaluation an epoch. "
+        f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
         f"Rates: of three a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
         f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {where(document)}"
     )

@@ -165,7 +165,7 @@ def test_a_sanitizer_that_is_not_here_is_no_failure_and_no_success(monkeypatch):
 
 def test_a_finding_of_a_sanitizer_fails(monkeypatch, tmp_path):
     program = tmp_path / "compute-sanitizer"
-    program.write_text("#!/bin/sh\necho \"$@\"; exit 9\n")
+    program.write_text('#!/bin/sh\necho "$@"; exit 9\n')
     program.chmod(0o755)
     monkeypatch.setattr(sanitize.dispatch, "load", lambda name: object())
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: str(program))

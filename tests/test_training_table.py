@@ -134,7 +134,7 @@ def test_a_rate_that_another_process_looks_for_is_left_to_it(room, tmp_path, cap
 
 
 def cell(task: str, name: str, seed: int, score: float) -> dict:
-    return {"task": task, "variant": name, "seed": seed, "score": score, "lr": 1e-3, "base": 1000,
+    return {"task": task, "variant": name, "seed": seed, "score": score, "lr": 1e-3, "epochs": 8.0, "base": 1000,
             "parameters": {"own": 10}}  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_figures_by_hand():
     one = figures.figures([c for c in cells if c["seed"] == 1], [])
     assert one[0].measured == pytest.approx(0.0) and "no interval" in one[0].text and one[2].verdict == "missing"
     text = figures.markdown({"cells": cells, "times": times})
-    assert "| Houlsby b=64 | 1.00 % | 0.001 | 49.5 ± 0.7 | 95.0 ± 0.0 |" in text
+    assert "| Houlsby b=64 | 1.00 % | 0.001 | 8 | 49.5 ± 0.7 | 95.0 ± 0.0 |" in text
     assert "| 1500.0 | 3000.0 (adapterhub) | 0.50 | 0.38 |" in text
     assert len(SIZED) == 3
 

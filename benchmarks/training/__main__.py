@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
                    help=", ".join(VARIANTS))  # fmt: skip
     p.add_argument("--tasks", nargs="+", choices=DATASETS, default=list(DATASETS), help="(all four)")
     p.add_argument("--rows", type=int, metavar="N", help="training rows of each task at most")
-    p.add_argument("--epochs", type=float, default=5, metavar="N", help="(5)")
+    p.add_argument("--epochs", type=float, metavar="N", help="of every method (full fine-tuning 5, others 8)")
     p.add_argument("--batch", type=int, default=32, metavar="N", help="(32)")
     p.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of training (auto)")
     p.add_argument("--time-dtypes", nargs="*", choices=("fp32", "bf16"), default=["bf16"], help="of timing (bf16)")

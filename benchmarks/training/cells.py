@@ -26,14 +26,14 @@ class Plan:
     Attributes:
         data, out: folders of the data, and of everything that is made.
         model: folder or id of the base.
-        epochs, batch, rows: of every training; ``rows`` caps those of the tasks.
+        epochs, batch, rows: of every training; ``epochs`` None is each variant's own; ``rows`` caps those of the tasks.
         dtype, device: as in ``fastadapt train``.
     """
 
     data: Path
     out: Path
     model: str
-    epochs: float
+    epochs: float | None = None
     batch: int = 32
     rows: int | None = None
     dtype: str = "auto"
@@ -44,7 +44,8 @@ class Plan:
         caps = [cap for cap in (self.rows, DATASETS[task].rows) if cap is not None]
         variant = VARIANTS[name]
         given: dict[str, Any] = {
-            "epochs": self.epochs, "rows": min(caps) if caps else None, "batch": self.batch, "dtype": self.dtype,
+            "epochs": variant.epochs if self.epochs is None else self.epochs, "rows": min(caps) if caps else None,
+            "batch": self.batch, "dtype": self.dtype,
             "device": self.device, "lr": lr, "resume": True, "max_length": 128, **more,
         }  # fmt: skip
         source = files(task, self.data, self.out / "data")
@@ -127,9 +128,7 @@ def train_cells(
         progress.step(f"under way in other processes: {elsewhere}; the same command shows them when they end")
 
 
-def train_cell(
-    plan: Plan, task: str, name: str, seed: int, folder: Path, lr: float, progress: Progress
-) -> Record:
+def train_cell(plan: Plan, task: str, name: str, seed: int, folder: Path, lr: float, progress: Progress) -> Record:
     """Train one cell in ``folder``; what the table keeps of it."""
     options = plan.options(task, name, seed, folder, lr)
     report = run.train(options, progress)

@@ -128,7 +128,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The table for the README."""
     cells, times = content["cells"], content["times"]
     tasks, dtypes = tasks_of(cells), list(dict.fromkeys(row["dtype"] for row in times))
-    heads = ["method", "share", "rate", *(f"{task} ({DATASETS[task].metric})" for task in tasks), "mean"]
+    heads = ["method", "share", "rate", "epochs", *(f"{task} ({DATASETS[task].metric})" for task in tasks), "mean"]
     for dtype in dtypes:
         heads += [f"{dtype} ms/step", "peer", "÷ peer", "÷ full"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
@@ -140,7 +140,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         by_task = [[100 * cell["score"] for cell in own if cell["task"] == task] for task in tasks]
         seeds = seeds_of(cells, [name])
         means = [statistics.fmean(score(cells, task, name, seed) for task in tasks) for seed in seeds] if tasks else []
-        row = [VARIANTS[name].label, _share(cells, name), f"{own[0]['lr']:g}" if own else "-"]
+        how = [f"{own[0][key]:g}" if own else "-" for key in ("lr", "epochs")]
+        row = [VARIANTS[name].label, _share(cells, name), *how]
         row += [*(_spread(values) for values in by_task), _spread(means)]
         for dtype in dtypes:
             row += _times(times, name, dtype)

@@ -194,8 +194,9 @@ class Fusion(Part):
         return _Stack(
             torch.cat([s.down.weight for s in sites]),
             torch.cat([s.down.bias for s in sites]),
-            torch.cat([s.up.weight * _column(s.scale) for s in sites]
-                      + [(s.up.bias * s.scale)[:, None] for s in sites], dim=1),
+            torch.cat(
+                [s.up.weight * _column(s.scale) for s in sites] + [(s.up.bias * s.scale)[:, None] for s in sites], dim=1
+            ),
         )
 
     def _weighted(self) -> tuple[_Stack, Tensor, Tensor]:

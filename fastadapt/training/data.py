@@ -79,9 +79,7 @@ def read(source: Source, *, labelled: bool) -> tuple[list[Row], Source]:
         rows = [(first_line, _by_number(first)), *((line, _by_number(fields)) for line, fields in records)]
     else:
         source = _with_columns(source, first, labelled, first_line)
-        doubled = next(
-            (n for n in first if first.count(n) > 1 and n in source.columns.values()), None
-        )
+        doubled = next((n for n in first if first.count(n) > 1 and n in source.columns.values()), None)
         if doubled is not None:
             raise UserError(f"{source.path}, line {first_line}: has two columns {doubled!r}; accepted is one")
         rows = []

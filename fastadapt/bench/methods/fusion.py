@@ -98,7 +98,8 @@ class Fusion(Method):
     def adapt(self, model: nn.Module, name: str, case: Case) -> Tensors:
         found = {}
         for each in _names(case):
-            fa.adapt(model, PFEIFFER.config(case), name=each)
+            if each not in fa.adaptations(model):  # a second fusion mixes those of the first
+                fa.adapt(model, PFEIFFER.config(case), name=each)
             found.update({f"{each}/{path}": p for path, p in own_tensors(model, each).items()})
         return {**found, **super().adapt(model, name, case)}
 
