@@ -86,10 +86,13 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     rows = "all rows" if rates["rows"] is None else f"{rates['rows']} rows"
     given = " ".join(f"--set {field}={value}" for field, value in ADAPTER.items())
     names = [variant.label for variant in VARIANTS.values() if variant.size.fields == ADAPTER]
+    trained = {cell["variant"] for cell in document["cells"]}
+    without = [variant.label for name, variant in VARIANTS.items() if name not in trained]
+    missing = f"Timed, not trained yet: {', '.join(without)}. " if without else ""
     text = (
         f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
         f"Rates: of three a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
-        f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {where(document)}"
+        f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{where(document)}"
     )
     return f"{figures.markdown(document)}\n{text}\n"
 
