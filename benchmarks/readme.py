@@ -91,10 +91,18 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     missing = f"Timed, not trained yet: {', '.join(without)}. " if without else ""
     text = (
         f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
-        f"Rates: of three a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
+        f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
         f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{where(document)}"
     )
-    return f"{figures.markdown(document)}\n{text}\n"
+    found = figures.differences(document["cells"])
+    summary = ""
+    if len(found) > 1:
+        mean, half = figures.paired(found)
+        summary = (
+            f"Houlsby with the size chosen per task, less full fine-tuning, mean of the tasks: {mean:+.2f} points ± "
+            f"{half:.2f} (95 %, paired over {len(found)} seeds).\n\n"
+        )
+    return f"{figures.markdown(document)}\n{summary}{text}\n"
 
 
 BLOCKS: dict[str, tuple[str, Callable[..., str], Callable[[Records], str]]] = {
