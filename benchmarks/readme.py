@@ -91,8 +91,8 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     missing = f"Timed, not trained yet: {', '.join(without)}. " if without else ""
     text = (
         f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
-        f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} epochs, one "
-        f"seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{where(document)}"
+        f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} "
+        f"epochs, one seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{where(document)}"
     )
     found = figures.differences(document["cells"])
     summary = ""
