@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+import fastadapt as fa
 from fastadapt.bench import measure, merge, mixed, op, report, text, train, verify
 from fastadapt.bench.case import RANDOM_MODELS, Case, UserError, token_ids
 from fastadapt.bench.methods import METHODS
 from fastadapt.bench.methods import method as find_method
 from fastadapt.bench.methods.base import encoder_layers
 from fastadapt.bench.peers import PEERS, chosen, expanded
+from fastadapt.bench.peers.fused import NAME, OTHER, switching, with_another
 from fastadapt.bench.setup import Setup
 
 needs_adapterhub = pytest.mark.skipif(importlib.util.find_spec("adapters") is None, reason="AdapterHub not installed")
@@ -586,3 +588,10 @@ def test_what_a_layer_keeps_is_asked_of_one_that_has_an_adapter():
     kept = train.saved_bytes_per_layer(dropped, of_ours)
     assert kept == train.saved_bytes_per_layer(dataclasses.replace(CASE, method="houlsby"), of_ours)
     assert train.able(dropped, of_ours, report.Progress()) == of_ours
+
+
+def test_a_fusion_is_switched_to_another_of_the_same_adapters():
+    setup = Setup(dataclasses.replace(CASE, method="fusion", bottleneck=4))
+    names = fa.adaptations(with_another(setup))
+    assert {NAME, OTHER} < set(names) and len(names) == 2 + setup.case.adapters
+    switching(setup)()

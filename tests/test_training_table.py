@@ -109,6 +109,15 @@ def test_the_command_and_its_interruption(room, tmp_path, capsys, monkeypatch):
     assert table(room, tmp_path / "out", "--rows", "8") == 2 and "another folder" in capsys.readouterr().err
 
 
+def test_every_variant_has_its_own_epochs_unless_told(room, tmp_path):
+    def epochs(name: str, **given: float) -> float:
+        plan = cells_module.Plan(room, tmp_path, "bert", **given)
+        return plan.options("cola", name, 0, tmp_path / "cell", 1e-3).epochs
+
+    assert (epochs("full"), epochs(FIXED)) == (5, 8)
+    assert (epochs("full", epochs=1), epochs(FIXED, epochs=1)) == (1, 1)
+
+
 def test_what_another_process_is_at_is_left_to_it(room, tmp_path, capsys):
     rates, out = tmp_path / "rates.json", tmp_path / "out"
     rates.write_text(json.dumps({"rates": {"full": {"lr": 1e-3}}}))

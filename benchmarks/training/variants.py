@@ -24,8 +24,7 @@ class Variant:
             parameters in a stock model; None where nobody has the method.
         bench: the method in :mod:`fastadapt.bench`, and the fields of its case.
         rate_of: the variant whose rate it takes.
-        epochs: of a training of the table. Adapters need more than a whole model, as in their papers: after 3 of CoLA's
-            their training loss is 0.51 where full fine-tuning's is 0.40, after 8 it is 0.35.
+        epochs: of a training of the table; adapters fit more slowly than a whole model (NOTES.md).
     """
 
     label: str
