@@ -115,10 +115,16 @@ class Packed:
     def _by_length(self, qkv: Tensor, heads: int, prefix: Prefix | None, scale: float | None, p: float) -> Tensor:
         """One op for all sequences of a length."""
         before, parts = None if prefix is None else prefix(1), []
-        for g in self.groups:
-            own = qkv[g.start : g.start + g.count * g.room].view(g.count, g.room, -1)[:, : g.length]
-            out = ops.attention(own, heads, prefix=before, scale=scale, dropout_p=p)
-            parts.append(F.pad(out, (0, 0, 0, g.room - g.length)).flatten(0, 1))
+        sizes = [g.count * g.room for g in self.groups]
+        # Split, not sliced: the backward of each slice would write a gradient of all rows.
+        for g, own in zip(self.groups, qkv.split(sizes), strict=True):
+            own = own.view(g.count, g.room, -1)
+            if g.room == g.length:
+                out = ops.attention(own, heads, prefix=before, scale=scale, dropout_p=p)
+            else:
+                out = ops.attention(own[:, : g.length], heads, prefix=before, scale=scale, dropout_p=p)
+                out = F.pad(out, (0, 0, 0, g.room - g.length))
+            parts.append(out.flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _varlen(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
