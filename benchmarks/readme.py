@@ -29,9 +29,14 @@ Records = Sequence[dict[str, Any]]
 
 def where(document: dict[str, Any]) -> str:
     """The conditions, in one sentence."""
+    e = document["environment"]
+    return f"{e['device']} ({', '.join(e['cpu_extensions'])}), {e['threads']} threads, {what(document)}"
+
+
+def what(document: dict[str, Any]) -> str:
+    """Versions, commit and date."""
     e, versions = document["environment"], document["environment"]["versions"]
-    parts = [f"{e['device']} ({', '.join(e['cpu_extensions'])})", f"{e['threads']} threads"]
-    parts += [f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions.get(name)]
+    parts = [f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions.get(name)]
     return f"{', '.join(parts)}, commit {e['commit']}, {e['date'][:10]}."
 
 
@@ -92,7 +97,8 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     text = (
         f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
         f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} "
-        f"epochs, one seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{where(document)}"
+        f"epochs, one seed; `--find-rates`). {', '.join(names)}: with `{given}`. {missing}{figures.machines(document)} "
+        f"{what(document)}"
     )
     found = figures.differences(document["cells"])
     summary = ""

@@ -143,8 +143,8 @@ def test_a_rate_that_another_process_looks_for_is_left_to_it(room, tmp_path, cap
 
 
 def cell(task: str, name: str, seed: int, score: float) -> dict:
-    return {"task": task, "variant": name, "seed": seed, "score": score, "lr": 1e-3, "epochs": 8.0, "base": 1000,
-            "parameters": {"own": 10}}  # fmt: skip
+    return {"task": task, "variant": name, "seed": seed, "score": score, "lr": 1e-3, "head_lr": None, "epochs": 8.0,
+            "base": 1000, "parameters": {"own": 10}}  # fmt: skip
 
 
 def test_figures_by_hand():
@@ -172,6 +172,26 @@ def test_figures_by_hand():
     assert "| Houlsby b=64 | 1.00 % | 0.001 | 8 | 49.5 ± 0.7 | 95.0 ± 0.0 |" in text
     assert "| 1500.0 | 3000.0 (adapterhub) | 0.50 | 0.38 |" in text
     assert len(SIZED) == 3
+
+
+def test_who_was_trained_where():
+    def row(name: str, seed: int, machine: str, dtype: str = "bf16") -> dict:
+        return {**cell("cola", name, seed, 0.5), "machine": machine, "dtype": dtype}
+
+    times = [{"variant": name, "machine": "A"} for name in (FULL, FIXED)]
+    cells = [row(FULL, 0, "A"), row(FULL, 1, "A"), row(FIXED, 0, "A")]
+    once = figures.machines({"cells": cells, "times": times})
+    assert once == "Timed on A. Trained under bf16 autocast on A."
+    cells += [row(FIXED, 1, "B", "fp32"), row("lora", 0, "B", "fp32")]
+    assert figures.machines({"cells": cells, "times": times}) == (
+        "Timed on A. Trained under bf16 autocast on A: full fine-tuning, Houlsby b=64 (seed 0). "
+        "Trained in fp32 on B: Houlsby b=64 (seed 1), LoRA r=8 on q, v."
+    )
+
+
+def test_a_head_with_a_rate_of_its_own():
+    own = {**cell("cola", FULL, 0, 0.5), "head_lr": 1e-2}
+    assert "| 0.001, head 0.01 | 8 |" in figures.markdown({"cells": [own], "times": []})
 
 
 def test_bad_input(room, tmp_path, capsys):

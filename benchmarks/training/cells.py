@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.training.data import DATASETS, files
 from benchmarks.training.variants import VARIANTS, rate_name
-from fastadapt.bench.report import Progress, Record
+from fastadapt.bench.report import Progress, Record, cpu_extensions, cpu_model
 from fastadapt.errors import UserError
 from fastadapt.training import checkpoints, run, sweep
 from fastadapt.training.options import Options
@@ -46,7 +48,7 @@ class Plan:
         given: dict[str, Any] = {
             "epochs": variant.epochs if self.epochs is None else self.epochs, "rows": min(caps) if caps else None,
             "batch": self.batch, "dtype": self.dtype,
-            "device": self.device, "lr": lr, "resume": True, "max_length": 128, **more,
+            "device": self.device, "lr": lr, "head_lr": variant.head_lr, "resume": True, "max_length": 128, **more,
         }  # fmt: skip
         source = files(task, self.data, self.out / "data")
         return Options(self.model, (source,), folder, variant.method, variant.size, seeds=(seed,), **given)
@@ -120,12 +122,23 @@ def train_cells(
                 progress.step(label)
                 store.add("cells", train_cell(plan, task, name, seed, folder, rates[name], progress))
                 shutil.rmtree(folder)  # what it found is in the store, and a full model's weights are large
-            elif before["lr"] != rates[name]:
-                raise UserError(f"--out: {store.path} has {label} at the rate {before['lr']:g}; accepted is another "
+            elif (before["lr"], before["head_lr"]) != (rates[name], VARIANTS[name].head_lr):
+                raise UserError(f"--out: {store.path} has {label} at the rate {rate_text(before)}; accepted is another "
                                 "folder for other rates")  # fmt: skip
     store.read()
     if elsewhere:
         progress.step(f"under way in other processes: {elsewhere}; the same command shows them when they end")
+
+
+def machine() -> str:
+    """Where a row of the table is made: rows may come from several machines."""
+    threads = torch.get_num_threads()
+    return f"{cpu_model()} ({', '.join(cpu_extensions())}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def rate_text(cell: Record) -> str:
+    """The learning rate of a cell, and the head's where it has its own."""
+    return f"{cell['lr']:g}" + ("" if cell["head_lr"] is None else f", head {cell['head_lr']:g}")
 
 
 def train_cell(plan: Plan, task: str, name: str, seed: int, folder: Path, lr: float, progress: Progress) -> Record:
@@ -136,9 +149,10 @@ def train_cell(plan: Plan, task: str, name: str, seed: int, folder: Path, lr: fl
     (stage,) = report["stages"]
     score = found["scores"][str(seed)]
     return {
-        "task": task, "variant": name, "seed": seed, "lr": lr, "metric": found["metric"], "score": score["score"],
-        "scores": score, "parameters": found["parameters"], "base": report["size"]["base"], "steps": stage["steps"],
-        "epochs": stage["epochs"], "seconds_a_step": stage["seconds_a_step"], "dtype": options.settled().dtype,
+        "task": task, "variant": name, "seed": seed, "lr": lr, "head_lr": options.head_lr,
+        "metric": found["metric"], "score": score["score"], "scores": score, "parameters": found["parameters"],
+        "base": report["size"]["base"], "steps": stage["steps"], "epochs": stage["epochs"],
+        "seconds_a_step": stage["seconds_a_step"], "dtype": options.settled().dtype, "machine": machine(),
     }  # fmt: skip
 
 
@@ -175,4 +189,4 @@ def sweep_rates(plan: Plan, tasks: Sequence[str], name: str, progress: Progress)
         scores[task] = {f"{cell['lr']:g}": cell["mean"] for cell in report["cells"]}
         shutil.rmtree(options.output)
     means = {rate: statistics.fmean(scores[task][f"{rate:g}"] for task in tasks) for rate in variant.rates}
-    return {"lr": max(means, key=means.__getitem__), "scores": scores}
+    return {"lr": max(means, key=means.__getitem__), "head_lr": variant.head_lr, "scores": scores}

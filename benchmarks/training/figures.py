@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.must import Figure
+from benchmarks.training.cells import rate_text
 from benchmarks.training.data import DATASETS
 from benchmarks.training.variants import FIXED, FULL, SIZED, VARIANTS
 from fastadapt.bench.report import Record
@@ -140,13 +141,37 @@ def markdown(content: Mapping[str, Any]) -> str:
         by_task = [[100 * cell["score"] for cell in own if cell["task"] == task] for task in tasks]
         seeds = seeds_of(cells, [name])
         means = [statistics.fmean(score(cells, task, name, seed) for task in tasks) for seed in seeds] if tasks else []
-        how = [f"{own[0][key]:g}" if own else "-" for key in ("lr", "epochs")]
+        how = [rate_text(own[0]), f"{own[0]['epochs']:g}"] if own else ["-", "-"]
         row = [VARIANTS[name].label, _share(cells, name), *how]
         row += [*(_spread(values) for values in by_task), _spread(means)]
         for dtype in dtypes:
             row += _times(times, name, dtype)
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def machines(content: Mapping[str, Any]) -> str:
+    """Which row was timed where, and trained where and in which dtype, as sentences."""
+    timed = _grouped(content["times"], lambda row: f"Timed on {row['machine']}")
+    how = {"bf16": "under bf16 autocast", "fp32": "in fp32"}
+    trained = _grouped(content["cells"], lambda cell: f"Trained {how[cell['dtype']]} on {cell['machine']}")
+    return " ".join([*timed, *trained])
+
+
+def _grouped(rows: Sequence[Record], says: Callable[[Record], str]) -> list[str]:
+    """What is said of all rows, once; where it differs, with the names of those of whom it is said."""
+    names: dict[str, dict[str, set[int]]] = {}
+    for row in rows:
+        names.setdefault(says(row), {}).setdefault(row["variant"], set()).add(row.get("seed", 0))
+    if len(names) < 2:
+        return [f"{text}." for text in names]
+    every = {name: set().union(*(of.get(name, ()) for of in names.values())) for name in VARIANTS}
+
+    def called(name: str, seeds: set[int]) -> str:
+        part = "" if seeds == every[name] else f" (seed {', '.join(map(str, sorted(seeds)))})"
+        return VARIANTS[name].label + part
+
+    return [f"{text}: {', '.join(called(n, of[n]) for n in VARIANTS if n in of)}." for text, of in names.items()]
 
 
 def verdicts(found: Sequence[Figure]) -> str:

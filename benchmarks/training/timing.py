@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from benchmarks.training.cells import Plan, Store
+from benchmarks.training.cells import Plan, Store, machine
 from benchmarks.training.variants import FULL, VARIANTS, Variant
 from fastadapt.bench.case import Case, UserError, load_model
 from fastadapt.bench.peers import PEERS
@@ -118,7 +118,7 @@ def time_variants(
                 models |= {"peer": theirs(plan, VARIANTS[name]), FULL: ours(plan, VARIANTS[FULL])}
             systems = {who: step_of(model, dtype) for who, model in models.items() if model is not None}
             seconds = take_turns(systems, chosen)
-            row = {"variant": name, "dtype": dtype, "task": task, "steps_an_epoch": len(batches)}
+            row = {"variant": name, "dtype": dtype, "task": task, "steps_an_epoch": len(batches), "machine": machine()}
             row["peer"] = VARIANTS[name].peer if "peer" in systems else None
             row["seconds"] = {who: [round(s, 6) for s in taken] for who, taken in seconds.items()}
             store.add("times", row)

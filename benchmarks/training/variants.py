@@ -25,6 +25,7 @@ class Variant:
         bench: the method in :mod:`fastadapt.bench`, and the fields of its case.
         rate_of: the variant whose rate it takes.
         epochs: of a training of the table; adapters fit more slowly than a whole model (NOTES.md).
+        head_lr: learning rate of the head, None for the others'; what changes the base little wants a quicker head.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Variant:
     bench: tuple[str, dict[str, Any]] | None = None
     rate_of: str | None = None
     epochs: float = 8
+    head_lr: float | None = None
 
 
 # A start at random features of which nothing is added, and small outputs at large rates: with the papers' start and
