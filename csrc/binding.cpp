@@ -64,6 +64,10 @@ class Floats {
   const float* data_ = nullptr;
 };
 
+bool same(const OptionalTensor& a, const OptionalTensor& b) {
+  return a.has_value() == b.has_value() && (!a.has_value() || a->is_same(*b));
+}
+
 void run_parallel(int64_t tasks, Task fn, void* context) {
   if (tasks == 1) return fn(0, context);
   TORCH_CHECK(each(tasks, [&](int64_t i) { fn(i, context); }), "a parallel region of fastadapt failed");
@@ -187,9 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_forward(const Tensor& x, at::TensorList 
     int64_t at = 0;
     for (size_t i = 0; i < biases.size(); ++i) {
       const OptionalTensor values_of = biases.get(i);
-      const Floats values(values_of, p.type, true);
       const int64_t n = weights[i % weights.size()].size(0);
-      if (values.get()) std::copy_n(values.get(), n, bias.begin() + at);
+      if (i >= weights.size() && same(values_of, biases.get(i - weights.size()))) {  // slots mostly share it
+        std::copy_n(bias.begin() + at - p.n, n, bias.begin() + at);
+      } else {
+        const Floats values(values_of, p.type, true);
+        if (values.get()) std::copy_n(values.get(), n, bias.begin() + at);
+      }
       at += n;
     }
   }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fastadapt.adapt import (
@@ -40,6 +41,10 @@ class Routing:
         skipped: tuple[int, ...],
     ) -> None:
         self._model, self._wiring, self._container, self._skipped = model, wiring, container, skipped
+        self._outer: Routing | None = container.route
+        self._active = tuple(n for n in (container.active, *container.summed) if n is not None)
+        self._flags = [(p, p.requires_grad) for name in self._active for p in _parameters(container[name])]
+        self._trains = False
         self._counts = [len(names) for names in by_text]
         names = [name for of_text in by_text for name in of_text]
         self.names = tuple(dict.fromkeys(names))  # by slot
@@ -89,21 +94,16 @@ class Routing:
 
         model, wiring, table = self._model, self._wiring, self.table
         base, skipped = wiring.base_of(model), wiring.prefixes_of(self._skipped)
-        by_path: dict[str, dict[int, Active]] = {}
+        by_path: dict[str, list[Active]] = {}
+        nothing = Active()
         for slot, name in enumerate(self.names):
-            for path, part in () if name is None else self._container[name].parts().items():
+            for path, active in () if name is None else self._container[name].actives(wiring).items():
                 if path.startswith(skipped):
                     continue
-                sublayer, child = wiring.owner(path)
-                actives = by_path.setdefault(sublayer, {})
-                if slot not in actives:
-                    actives[slot] = Active()
-                part.join(actives[slot], child)
-        nothing = Active()
-        routed = {
-            path: Routed(table, [actives.get(slot, nothing) for slot in range(len(self.names))])
-            for path, actives in by_path.items()
-        }
+                if path not in by_path:
+                    by_path[path] = [nothing] * len(self.names)
+                by_path[path][slot] = active
+        routed = {path: Routed(table, actives) for path, actives in by_path.items()}
         for path, module in wiring.sublayers(base):
             if hasattr(type(module), "active"):
                 module.__dict__["active"] = routed.get(path)
@@ -118,13 +118,8 @@ class Routing:
         for name, module in slots.items():
             of_slots = [part[name] for part in parts]
             module.__dict__["active_head"] = RoutedHead(table, of_slots, module)
-        for adaptation in self._adaptations():
-            if adaptation.trainable:
-                for p in adaptation.own_parameters():
-                    if not p.requires_grad:
-                        p.requires_grad_(True)
         set_hooks(model, base, ())
-        self._hooks = [base.register_forward_pre_hook(BeginRouted(table), with_kwargs=True)]
+        self._hooks = [base.register_forward_pre_hook(BeginRouted(table, self._let_train), with_kwargs=True)]
         if model is not base:
             self._hooks.append(model.register_forward_pre_hook(CountChoices(table), with_kwargs=True))
         if table.texts is not None:
@@ -136,6 +131,22 @@ class Routing:
             model.num_labels = self._container.base_num_labels if own is None else own
         if hasattr(model.config, "problem_type"):
             model.config.problem_type = self._problem_type
+
+    def _let_train(self) -> None:
+        """Where gradients are on, let those parameters require one that the rows train, and no other."""
+        if self._trains or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError("names: fa.route was entered with gradients off, and compiled code can't train what is "
+                               "in it; accepted is to enter it with gradients on")  # fmt: skip
+        self._trains = True
+        routed = dict.fromkeys((*self.names, *(() if self._outer is None else self._outer.names)))
+        own = {name: self._container[name].own_parameters() for name in routed if name is not None}
+        self._flags = [(p, p.requires_grad) for found in own.values() for p in found] + self._flags
+        trains = {id(p) for name in self.names if name in own and self._container[name].trainable for p in own[name]}
+        for p, _ in self._flags:
+            if p.requires_grad != (id(p) in trains):
+                p.requires_grad_(not p.requires_grad)
 
     def _forks(self, base: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
         """What is given a row a task instead of a row a text: the layers from the lowest one with something adapted."""
@@ -199,20 +210,13 @@ def route(
     wiring, container = wiring_of(model), container_of(model)
     by_text = _checked(model, wiring, container, names)
     routing = Routing(model, wiring, container, by_text, layers_to_skip(model, wiring, skip_layers))
-    before: Routing | None = container.route
-    routed = dict.fromkeys(n for n in (*routing.names, *(before.names if before else ())) if n is not None)
-    active = [n for n in (container.active, *container.summed) if n is not None]
-    involved = [p for name in routed for p in container[name].own_parameters()]
-    involved += [p for name in active if name not in routed for p in _parameters(container[name])]
-    flags = [(p, p.requires_grad) for p in involved]
+    before = routing._outer
     problem_type = getattr(model.config, "problem_type", None)
     if before is not None:
         before._disengage()
     container.route = routing
     try:
-        for p, flag in flags:
-            if flag:
-                p.requires_grad_(False)
+        routing._let_train()
         routing._engage()
         yield routing
     finally:
@@ -223,8 +227,8 @@ def route(
         else:
             if hasattr(model.config, "problem_type"):
                 model.config.problem_type = _settled(container, container.active, problem_type)
-            engage_names(model, wiring, tuple(active), container.skipped)
-        for p, flag in flags:
+            engage_names(model, wiring, routing._active, container.skipped)
+        for p, flag in routing._flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
 

@@ -524,6 +524,19 @@ def test_inference_and_training_agree(runner):
         assert torch.equal(plain, fa.ops.lora_linear(t["x"], t["w0"], t["b0"], t["a1"], t["m1"], dropout_p=0.2, seed=3))
 
 
+def test_lists_of_fields_are_the_same_loras():
+    t = _leaves("cpu")
+    weights, biases = [t["w0"], t["w1"]], [None, None]
+    loras = [LowRank(t["a0"], t["m0"], 1.5, 1, dropout_p=0.2, seed=3), LowRank(t["a1"], t["m1"], 0.5)]
+    lists = fa.ops.LowRanks([t["a0"]], [t["m0"]], [1.5], [1], [0], [0.2], [3]).extend(loras[1:])
+    assert len(lists) == 2 and vars(lists[0]) == vars(loras[0]) and vars(lists[1]) == vars(loras[1])
+    found, wanted = (fa.ops.linear(t["x"], weights, biases, loras=given) for given in (lists, loras))
+    assert torch.equal(found, wanted)
+    lists.extend([LowRank(t["a1"][:, 1:], t["m1"])])
+    with pytest.raises(ValueError, match=re.escape("a[2]: got shape")):
+        fa.ops.linear(t["x"], weights, biases, loras=lists)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,51 @@ def test_leaving_restores_what_was(active):
     fa.unload(model)
 
 
+@pytest.mark.parametrize("active", [None, "narrow"])
+def test_gradients_may_come_on_inside(active):
+    names = ["narrow", "lora", None]
+    model = adapted(names, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    inputs = batch(model, rows=3, labels=True)
+    with fa.route(model, names):
+        model(**inputs).loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    fa.activate(model, active)
+    if active is not None:
+        next(model.fastadapt[active].parameters()).requires_grad_(False)
+    before = flags(model)
+    with torch.no_grad(), fa.route(model, names):
+        model(**inputs)
+        assert flags(model) == before  # nobody needs them, and a thousand flags cost more than a small forward
+        with torch.enable_grad():
+            model(**inputs).loss.backward()
+    assert flags(model) == before
+    found = gradients(model)
+    assert set(found) == set(wanted)
+    for key, g in wanted.items():
+        torch.testing.assert_close(found[key], g, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bitfit", "biased_lora", "lora"])
+def test_parameters_that_loading_replaces_are_read_where_they_are(name):
+    model = adapted([name])
+    inputs = batch(model, rows=2)
+    fa.activate(model, name)
+    old = output(model, **inputs)
+    with fa.route(model, [name, name]):
+        output(model, **inputs)
+    moved = {key: value + 0.1 if key.startswith("fastadapt") else value for key, value in model.state_dict().items()}
+    model.load_state_dict(moved, assign=True)
+    with fa.route(model, [name, name]):
+        routed = output(model, **inputs)
+    new = output(model, **inputs)
+    fresh = adapted([name])
+    fresh.load_state_dict(moved)
+    wanted = output(fa.activate(fresh, name), **inputs)
+    assert not torch.equal(new, old) and torch.equal(new, wanted)
+    torch.testing.assert_close(routed, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_contexts_nest():
     model = adapted(["narrow", "lora", "bitfit"])
     inputs = batch(model)

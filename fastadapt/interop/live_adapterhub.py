@@ -26,7 +26,6 @@ from fastadapt.modules.fusion import Fusion
 from fastadapt.modules.plain import reads_as
 from fastadapt.modules.routed import Routed, Table
 from fastadapt.modules.sublayers import FusedIntermediate, FusedOutput, FusedSelfAttention, FusedSublayer, Op
-from fastadapt.ops import LowRank
 
 _FUSED: dict[type, type] = {}  # a class in a model of the library's -> that class fused
 
@@ -78,12 +77,14 @@ class _LiveLoRA:
     lora_magnitude_vector = None
 
     def __init__(self, lora: nn.Module) -> None:
-        self.lora, self.rank = lora, lora.r
+        self.lora, self.rank, self.scale = lora, lora.r, lora.scaling
 
-    def term(self, weight: int, slot: int = 0) -> LowRank:
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.lora.lora_A, self.lora.lora_B
+
+    def dropout_p(self) -> float:
         dropout = self.lora.lora_dropout
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return LowRank(self.lora.lora_A, self.lora.lora_B, self.lora.scaling, weight, slot, p)
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 class HubSublayer(FusedSublayer):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from fastadapt.modules.bias import Bias
     from fastadapt.modules.bottleneck import Site
     from fastadapt.modules.fusion import Fusion
     from fastadapt.modules.lora import LoRA
@@ -25,18 +26,28 @@ class Active:
     Args:
         site: adapter, copy of the sublayer's LayerNorm, or both; or a mix of adapters.
         loras: a linear child's name -> the LoRAs that add to it, summed.
-        biases: a linear child's name -> the bias that runs instead of its own.
+        biases: a linear child's name -> the part whose bias runs instead of its own.
         prefix: keys and values before the sublayer's own.
-        norm_bias: the bias that runs instead of the LayerNorm's.
+        norm: the part whose bias runs instead of the LayerNorm's.
         merged: the LoRAs that are merged into the weights now, and therefore not among ``loras``.
     """
 
     site: Site | Fusion | None = None
     loras: dict[str, list[LoRA]] = field(default_factory=dict)
-    biases: dict[str, nn.Parameter] = field(default_factory=dict)
+    biases: dict[str, LoRA | Bias] = field(default_factory=dict)
     prefix: Prefix | None = None
-    norm_bias: nn.Parameter | None = None
+    norm: Bias | None = None
     merged: dict[str, list[LoRA]] = field(default_factory=dict)
+
+    @property
+    def norm_bias(self) -> nn.Parameter | None:
+        """The bias that runs instead of the LayerNorm's."""
+        return None if self.norm is None else self.norm.bias
+
+    def bias(self, child: str, own: nn.Parameter | None) -> nn.Parameter | None:
+        """What runs as the bias of a linear child, whose own is ``own``."""
+        part = self.biases.get(child)
+        return own if part is None else part.bias
 
     def touches(self, child: str) -> bool:
         """Whether that linear child computes something else than its own weights say."""

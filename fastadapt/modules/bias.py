@@ -23,6 +23,6 @@ class Bias(Part):
 
     def join(self, active: Active, child: str) -> None:
         if child == "LayerNorm":
-            active.norm_bias = self.bias
+            active.norm = self
         else:
-            active.biases[child] = self.bias
+            active.biases[child] = self

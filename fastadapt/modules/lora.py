@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.modules.active import Active, Part
-from fastadapt.ops import LowRank
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -57,21 +56,26 @@ class LoRA(Part):
     def join(self, active: Active, child: str) -> None:
         active.loras.setdefault(child, []).append(self)
         if self.bias is not None:
-            active.biases[child] = self.bias
+            active.biases[child] = self
 
     def dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def term(self, weight: int, slot: int = 0) -> LowRank:
-        """What it adds to weight number ``weight`` of a linear op, in the rows of a slot."""
-        children = self._modules  # read directly: a routed batch asks for hundreds of terms
-        a, b = children["lora_A"].weight, children["lora_B"].weight
-        return LowRank(a, b, self.scale, weight, slot, self.dropout_p())
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r]."""
+        own = self._modules
+        return _weight(own["lora_A"]), _weight(own["lora_B"])
 
     def ratio(self, weight: Tensor) -> Tensor:
         """DoRA's m/‖W + s·BA‖, [out]; a gradient flows into m alone (arXiv:2402.09353, section 4.3)."""
         norm = row_norms(weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), self.scale)
         return self.lora_magnitude_vector / norm.to(self.lora_magnitude_vector.dtype)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """``linear.weight``, past nn.Module's own lookup where it lies there: a routed batch asks hundreds of times."""
+    found = linear._parameters.get("weight")
+    return linear.weight if found is None else found
 
 
 def draw(a: Tensor, b: Tensor, init: str) -> None:

@@ -43,13 +43,18 @@ def project(
     if active is None:
         biases = [m.bias for m in linears.values()]
         return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=theirs)
-    biases = [active.biases.get(name, m.bias) for name, m in linears.items()]
+    biases = [active.bias(name, m.bias) for name, m in linears.items()]
     parts = [(i, part) for i, name in enumerate(linears) for part in active.loras.get(name, ())]
     if any(part.lora_magnitude_vector is not None for _, part in parts):
         y = _with_magnitudes(x, weights, biases, parts)
         return ops.drop(activate(activation, y), dropout_p)
-    loras = [part.term(i) for i, part in parts] + theirs
+    loras = [_term(part, i) for i, part in parts] + theirs
     return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=loras)
+
+
+def _term(part: LoRA, weight: int) -> ops.LowRank:
+    """What ``part`` adds to weight number ``weight`` of the op."""
+    return ops.LowRank(*part.matrices(), part.scale, weight, dropout_p=part.dropout_p())
 
 
 def _with_magnitudes(
@@ -62,7 +67,7 @@ def _with_magnitudes(
     """
     doras = {i: part for i, part in parts if part.lora_magnitude_vector is not None}
     steady = {i for i, part in doras.items() if part.dropout_p() == 0.0}
-    terms = [part.term(i) for i, part in parts if i not in doras or i in steady]
+    terms = [_term(part, i) for i, part in parts if i not in doras or i in steady]
     product = ops.linear(x, weights, [None if i in steady else b for i, b in enumerate(biases)], loras=terms)
     columns = list(product.split([w.shape[0] for w in weights], dim=-1))
     for i, part in doras.items():

@@ -7,7 +7,7 @@ them rows of their own at the first layer in which they differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -121,12 +121,23 @@ class Routed:
     def project(self, x: Tensor, linears: Mapping[str, nn.Linear], activation: str, dropout_p: float) -> Tensor:
         """As :func:`fastadapt.modules.project.project`, every row with its slot's biases and LoRAs."""
         weights, theirs = [m.weight for m in linears.values()], terms_of(linears.values())
-        own = [(i, name, m.bias) for i, (name, m) in enumerate(linears.items())]
-        biases = [active.biases.get(name, bias) for active in self.actives for _, name, bias in own]
-        loras = []
-        for slot, active in enumerate(self.actives):
-            loras += [part.term(i, slot) for i, name, _ in own for part in active.loras.get(name, ())]
-            loras += [replace(term, slot=slot) for term in theirs]
+        own = [(name, m.bias) for name, m in linears.items()]
+        if any(active.biases for active in self.actives):
+            biases = [active.bias(name, bias) for active in self.actives for name, bias in own]
+        else:
+            biases = [bias for _, bias in own] * len(self.actives)
+        placed = [
+            (part, i, slot)
+            for slot, active in enumerate(self.actives) if active.loras
+            for i, name in enumerate(linears)
+            for part in active.loras.get(name, ())
+        ]  # fmt: skip
+        matrices = [part.matrices() for part, _, _ in placed]
+        loras = ops.LowRanks(
+            [a for a, _ in matrices], [b for _, b in matrices], [part.scale for part, _, _ in placed],
+            [i for _, i, _ in placed], [slot for _, _, slot in placed], [part.dropout_p() for part, _, _ in placed],
+            [None] * len(placed),
+        ).extend(replace(term, slot=slot) for term in theirs for slot in range(len(self.actives)))  # fmt: skip
         rows = self.table.of_batch()
         return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=loras, rows=rows)
 
@@ -283,10 +294,14 @@ class Fork:
 
 
 class BeginRouted:
-    """Before the base's forward: the batch must have the table's length; then what is drawn in this forward."""
+    """Before the base's forward: the batch must have the table's length; then what is drawn in this forward.
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.fork = table, Fork(table)
+    Args:
+        let_train: gives the parameters that train their ``requires_grad``, where that was not needed until now.
+    """
+
+    def __init__(self, table: Table, let_train: Callable[[], None]) -> None:
+        self.table, self.let_train, self.fork = table, let_train, Fork(table)
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, count = _tokens(args, kwargs), self.table.text_count
@@ -295,6 +310,7 @@ class BeginRouted:
                              "name, or tuple of names, a row")  # fmt: skip
         if base.training and self.table.inference_only is not None:
             raise RuntimeError(f"names: {self.table.inference_only}; accepted is eval")
+        self.let_train()
         if self.table.steps:
             args, kwargs = self.fork(base, args, kwargs)
         for step in self.table.steps:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastadapt.modules.active import Part
+from fastadapt.modules.active import Active, Part
 from fastadapt.modules.merged import Merged
+
+if TYPE_CHECKING:
+    from fastadapt.models.wiring import Wiring
 
 CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
 
@@ -46,6 +49,7 @@ class Adaptation(Branch):
         self.problem_type = problem_type
         self.label2id: dict[str, int] | None = None  # the labels' names, where a file gave them
         self._parts: dict[str, Part] | None = None
+        self._actives: dict[str, Active] | None = None
         self._in_parts: list[nn.Module] = []
         for path, part in parts.items():
             attach(self, path, part)
@@ -57,6 +61,15 @@ class Adaptation(Branch):
         if self._parts is None:
             self._parts = {path: m for path, m in self.named_modules() if isinstance(m, Part)}
         return self._parts
+
+    def actives(self, wiring: Wiring) -> dict[str, Active]:
+        """What runs in each sublayer, by its path, where this adaptation runs alone; shared, and only read."""
+        if self._actives is None:
+            self._actives = {}
+            for path, part in self.parts().items():
+                sublayer, child = wiring.owner(path)
+                part.join(self._actives.setdefault(sublayer, Active()), child)
+        return self._actives
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Of its parts and its head; as ``parameters()``, without walking the tree."""

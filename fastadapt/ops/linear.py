@@ -15,7 +15,7 @@ from fastadapt import dispatch
 from fastadapt.ops import checks, lora
 from fastadapt.ops.activations import activate, canonical, derivative
 from fastadapt.ops.dropout import dropout, resolve_seed
-from fastadapt.ops.lora import LowRank
+from fastadapt.ops.lora import LowRank, LowRanks
 from fastadapt.ops.once import once_differentiable
 from fastadapt.ops.schemas import accumulation_dtype
 
@@ -28,7 +28,7 @@ def linear(
     activation: str = "none",
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
-    loras: Sequence[LowRank] = (),
+    loras: Sequence[LowRank] | LowRanks = (),
     rows: Tensor | None = None,
 ) -> Tensor:
     """``drop(σ(x Wᵀ + bias))``; a list of weights is one stacked matrix (query, key and value as one product).
@@ -71,6 +71,7 @@ def linear(
     activation = canonical(activation)
     dropout_p = checks.probability("dropout_p", dropout_p)
     dtype = checks.compute_dtype(x)
+    loras = loras if isinstance(loras, LowRanks) else LowRanks().extend(loras)
     if loras or rows is not None:
         lora.check(loras, weights, len(biases) // len(weights), x.device)
         checks.rows(rows, x, len(biases) // len(weights))

@@ -7,8 +7,8 @@ LoRA is Hu et al. 2021 (arXiv:2106.09685, eq. 3); rows with adapters of their ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -45,32 +45,54 @@ class LowRank:
     seed: int | Tensor | None = None
 
 
-def check(loras: Sequence[LowRank], weights: Sequence[Tensor], slot_count: int, device: torch.device) -> None:
+@dataclass(eq=False)
+class LowRanks:
+    """The LoRAs of one linear op, a list for each field of :class:`LowRank`: a routed batch has hundreds of them."""
+
+    a: list[Tensor] = field(default_factory=list)
+    b: list[Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    dropout_p: list[float] = field(default_factory=list)
+    seeds: list[int | Tensor | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def __getitem__(self, n: int) -> LowRank:
+        lists = (self.a, self.b, self.scales, self.weights, self.slots, self.dropout_p, self.seeds)
+        return LowRank(*(values[n] for values in lists))
+
+    def extend(self, loras: Iterable[LowRank]) -> LowRanks:
+        """Append ``loras``, in their order; returns itself."""
+        for m in loras:
+            self.a.append(m.a)
+            self.b.append(m.b)
+            self.scales.append(m.scale)
+            self.weights.append(m.weight)
+            self.slots.append(m.slot)
+            self.dropout_p.append(m.dropout_p)
+            self.seeds.append(m.seed)
+        return self
+
+
+def check(loras: LowRanks, weights: Sequence[Tensor], slot_count: int, device: torch.device) -> None:
     """Raise for a LoRA that does not fit its weight."""
     depth, widths = weights[0].shape[1], [w.shape[0] for w in weights]
-    for n, m in enumerate(loras):
-        if not _fits(m, depth, widths, slot_count, device):
-            _refuse(n, m, depth, widths, slot_count, device)
-
-
-def _fits(m: LowRank, depth: int, widths: Sequence[int], slot_count: int, device: torch.device) -> bool:
-    """Whether nothing is wrong with it; a routed batch asks for hundreds, so no message is made here."""
-    a, b, weight = m.a, m.b, m.weight
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.dim() == b.dim() == 2:
-        return False
-    (rank, k), (columns, depth_of_b) = a.shape, b.shape
-    return (
-        0 <= weight < len(widths)
-        and 0 <= m.slot < slot_count
-        and rank == depth_of_b >= 1
-        and k == depth
-        and columns == widths[weight]
-        and a.device == b.device == device
-        and a.dtype in checks.FLOATING
-        and b.dtype in checks.FLOATING
-        and type(m.scale) is type(m.dropout_p) is float
-        and 0.0 <= m.dropout_p <= 1.0
-    )
+    floating = checks.FLOATING
+    own = zip(loras.a, loras.b, loras.scales, loras.weights, loras.slots, loras.dropout_p, strict=True)
+    for n, (a, b, scale, weight, slot, p) in enumerate(own):
+        # No message is made while all is right: a routed batch has hundreds.
+        if (
+            isinstance(a, Tensor) and isinstance(b, Tensor)
+            and 0 <= weight < len(widths) and 0 <= slot < slot_count
+            and a.shape[1:] == (depth,) and b.shape == (widths[weight], a.shape[0]) and a.shape[0] >= 1
+            and a.device == device == b.device and a.dtype in floating and b.dtype in floating
+            and type(scale) is type(p) is float and 0.0 <= p <= 1.0
+        ):  # fmt: skip
+            continue
+        _refuse(n, loras[n], depth, widths, slot_count, device)
 
 
 def _refuse(n: int, m: LowRank, depth: int, widths: Sequence[int], slot_count: int, device: torch.device) -> None:
@@ -93,22 +115,21 @@ def lora(
     flat: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    loras: Sequence[LowRank],
+    loras: LowRanks,
     rows: Tensor | None,
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
     """What :func:`fastadapt.ops.linear` does for checked arguments where there are LoRAs or rows."""
-    lora_p = [float(m.dropout_p) for m in loras]
+    lora_p = [float(p) for p in loras.dropout_p]
     seeds = None
     if any(lora_p):
         seeds = torch.stack([
-            resolve_seed(0 if p == 0.0 else m.seed, 1.0, flat.device) for m, p in zip(loras, lora_p, strict=True)
+            resolve_seed(0 if p == 0.0 else own, 1.0, flat.device) for own, p in zip(loras.seeds, lora_p, strict=True)
         ])  # fmt: skip
-    a, b = [m.a for m in loras], [m.b for m in loras]
-    scales, owners, slots = [float(m.scale) for m in loras], [m.weight for m in loras], [m.slot for m in loras]
-    how = (scales, owners, slots, rows, lora_p, seeds, activation, dropout_p, seed)
+    a, b, slots = loras.a, loras.b, loras.slots
+    how = ([float(s) for s in loras.scales], loras.weights, slots, rows, lora_p, seeds, activation, dropout_p, seed)
     if checks.differentiable(*weights):
         return lora_forward(flat, weights, biases, a, b, *how, False)[0]
     if checks.differentiable(flat, *biases, *a, *b):
