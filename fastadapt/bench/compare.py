@@ -48,7 +48,7 @@ def run_method(case: Case, *, budget: float, switches: bool, progress: report.Pr
     records += train.run_case(case, able, budget=budget, progress=progress, job="training", **common)
     if switches:
         try:
-            call = fused.switching(setup)
+            call = fused.switching(Setup(case, classifier=True))  # a task has a head
         except (UserError, ValueError) as error:
             progress.step(f"{case.dtype} {case.method}: no switch measured: {error}")
             return records

@@ -48,6 +48,7 @@ class _Sublayer(nn.Module):
 class Fusion(Method):
     name, trains = "fusion", "the mix of frozen adapters"
     inference_peers = ("adapterhub",)
+    judged_batch = 32  # the highest layer's gradients share the factors of as many logits' gradients
 
     def extra(self, case: Case) -> dict[str, Any]:
         return {"adapters": case.adapters}
