@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     plan = cells.Plan(args.data, args.out, args.model or model_folder(), args.epochs, args.batch, args.rows, args.dtype)
     if args.find_rates:
         few = dataclasses.replace(plan, epochs=args.rate_epochs, rows=args.rate_rows or args.rows)
-        found = cells.find_rates(few, args.rate_tasks, args.methods, args.rates, environment("cpu"), progress)
+        found = cells.find_rates(few, args.rate_tasks, args.methods, args.rates, progress)
         for name, row in found.items():
             tried = "; ".join(f"{task} " + ", ".join(f"{r}: {s:.3f}" for r, s in scores.items())
                               for task, scores in row["scores"].items())  # fmt: skip

@@ -157,9 +157,8 @@ def train_cell(plan: Plan, task: str, name: str, seed: int, folder: Path, lr: fl
 
 
 def find_rates(
-    plan: Plan, tasks: Sequence[str], names: Sequence[str], path: Path, environment: dict[str, Any],
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+    plan: Plan, tasks: Sequence[str], names: Sequence[str], path: Path, progress: Progress
+) -> dict[str, Any]:
     """Sweep every variant's rates on some tasks; the one with the best mean score, into ``path``."""
 
     def known() -> dict[str, Any]:
@@ -173,7 +172,7 @@ def find_rates(
             elif name not in known():
                 found = sweep_rates(plan, tasks, name, progress)
                 with claim(plan.out / "rates" / "all.lock", wait=True):
-                    content = {"how": how, "environment": environment, "rates": {**known(), name: found}}
+                    content = {"how": how, "rates": {**known(), name: found}}
                     checkpoints.write_json(path, content)
     return known()
 
@@ -189,4 +188,6 @@ def sweep_rates(plan: Plan, tasks: Sequence[str], name: str, progress: Progress)
         scores[task] = {f"{cell['lr']:g}": cell["mean"] for cell in report["cells"]}
         shutil.rmtree(options.output)
     means = {rate: statistics.fmean(scores[task][f"{rate:g}"] for task in tasks) for rate in variant.rates}
-    return {"lr": max(means, key=means.__getitem__), "head_lr": variant.head_lr, "scores": scores}
+    best = max(means, key=means.__getitem__)
+    dtype = options.settled().dtype
+    return {"lr": best, "head_lr": variant.head_lr, "dtype": dtype, "machine": machine(), "scores": scores}
