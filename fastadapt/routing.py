@@ -136,9 +136,6 @@ class Routing:
         """Where gradients are on, let those parameters require one that the rows train, and no other."""
         if self._trains or not torch.is_grad_enabled():
             return
-        if torch.compiler.is_compiling():
-            raise RuntimeError("names: fa.route was entered with gradients off, and compiled code can't train what is "
-                               "in it; accepted is to enter it with gradients on")  # fmt: skip
         self._trains = True
         routed = dict.fromkeys((*self.names, *(() if self._outer is None else self._outer.names)))
         own = {name: self._container[name].own_parameters() for name in routed if name is not None}
@@ -190,7 +187,8 @@ def route(
 
     In training, each named adaptation that was added for training gets the gradients of its rows. ``backward`` belongs
     inside the context: leaving it gives every parameter its ``requires_grad`` back, and a checkpointed layer is
-    computed again with what is active then.
+    computed again with what is active then. Entered with gradients off, the context leaves every ``requires_grad`` as
+    it is until a forward with gradients on.
 
     Compiled code and captured graphs keep the names of the entry; :meth:`Routing.assign` on what the context yields
     changes which row has which. A batch of another length, or another set of names, is a new ``route``.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Active:
-    """A plain attribute of a fused sublayer, made anew whenever another adaptation is activated.
+    """A plain attribute of a fused sublayer, made anew whenever another adaptation is activated; what it is in routed
+    batches each adaptation keeps (:meth:`Adaptation.actives`).
 
     It refers to parts that live in the model's container, so that copies and pickles of a model keep the two in step.
 
