@@ -80,6 +80,32 @@ def test_its_check_of_a_merge_finds_lost_bits(monkeypatch):
     assert merging.wrong(case, "cpu", layers=1).endswith("weights changed after unmerging")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the suite itself checks on a GPU")
+@pytest.mark.parametrize("method", ["houlsby", "lora"])
+@pytest.mark.parametrize("training", [False, True])
+def test_its_check_of_a_model_finds_what_is_off(method, training, monkeypatch):
+    case = models.ModelCase(method, 2, 16, training, compiled=False)
+    assert models.wrong(case, "cpu", layers=1) is None
+    right = dispatch.kernel
+
+    def drifting(name, op):
+        found = right(name, op)
+        if name == "reference" or not op.startswith(("bottleneck_forward", "lora_forward")):
+            return found
+        return lambda *arguments: (found(*arguments)[0] * 1.1, *found(*arguments)[1:])
+
+    monkeypatch.setattr(dispatch, "kernel", drifting)
+    assert models.wrong(case, "cpu", layers=1).startswith("error")
+
+
+def test_a_case_that_fails_is_told_and_loses_no_other(monkeypatch):
+    def refuse(case):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(merging, "wrong", refuse)
+    assert suite.checked(merging.MergeCase(8, "bfloat16")) == "RuntimeError: no memory"
+
+
 def test_a_model_case_holds_peft_to_the_same_six_linears():
     peft = pytest.importorskip("peft")
     model = models._peft()

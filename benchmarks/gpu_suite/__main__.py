@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
+import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,8 @@ TESTS = (
     "tests/test_whole_graphs.py::test_trains_inside_graphed_callables",
 )  # fmt: skip
 TESTS_LIMIT_S = 240
+# Most of what is not measured is compilation, which takes a processor of the host each; a worker takes 1 GB of the GPU.
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 NO_GPU = 2
 # Systems that the others are also held against, beside eager code.
 BASES = ("frozen", "merged", "copy", "compiled", "peft", "adapterhub", "captured")
@@ -57,7 +64,8 @@ def run_tests() -> dict[str, Any]:
     """pytest on op tests and captured training; with a GPU visible, kernels are compiled instead of interpreted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", f"--junitxml={report}", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(WORKERS), "--dist",
+                   "worksteal", "--maxfail=40", f"--junitxml={report}", *TESTS]  # fmt: skip
         begun = time.monotonic()
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_LIMIT_S)
@@ -88,8 +96,31 @@ def _rows(
     return found
 
 
-def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
-    off: dict[str, str | None] = {"ours": ops.wrong(case) or ops.repeats(case)}
+def checked(case: ops.OpCase | merging.MergeCase | models.ModelCase) -> str | None:
+    """Why what the case computes is wrong; None where it is right. Compiles the kernels that it launches."""
+    try:
+        if isinstance(case, ops.OpCase):
+            return ops.wrong(case) or ops.repeats(case)
+        return merging.wrong(case) if isinstance(case, merging.MergeCase) else models.wrong(case)
+    except Exception as error:  # one case that fails must not lose the others' results
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # which the other processes may need
+
+
+def check_all(cases: list[Any]) -> dict[str, str | None]:
+    """Every case :func:`checked`, in several processes at once, since nothing is measured yet."""
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        found = dict(zip((case.name for case in cases), pool.map(checked, cases), strict=True))
+    for case in cases:
+        if (found[case.name] or "").startswith("OutOfMemoryError"):
+            found[case.name] = checked(case)  # with the GPU to itself
+    return found
+
+
+def run_op(case: ops.OpCase, wrong: str | None, ceilings: measure.Ceilings, rounds: int) -> Outcome:
+    off: dict[str, str | None] = {"ours": wrong}
     absent: Absences = {}
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     t = ops.tensors(case)
@@ -126,9 +157,9 @@ def run_op(case: ops.OpCase, ceilings: measure.Ceilings, rounds: int) -> Outcome
     return rows, absent
 
 
-def run_merge(case: merging.MergeCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
+def run_merge(case: merging.MergeCase, wrong: str | None, ceilings: measure.Ceilings, rounds: int) -> Outcome:
     """The host's work included: a merge is checked before anything is written."""
-    off: dict[str, str | None] = {"ours": merging.wrong(case)}
+    off: dict[str, str | None] = {"ours": wrong}
     calls = merging.systems(case)
     if "cuda" in calls:
         with fa.backend("cuda"):
@@ -141,7 +172,7 @@ def run_merge(case: merging.MergeCase, ceilings: measure.Ceilings, rounds: int) 
     return _rows(measure.in_turns(calls, rounds, cold=False), {"bench": case.name, "l2": "warm"}, floor, off), absent
 
 
-def run_model(case: models.ModelCase, ceilings: measure.Ceilings, rounds: int) -> Outcome:
+def run_model(case: models.ModelCase, wrong: str | None, ceilings: measure.Ceilings, rounds: int) -> Outcome:
     """Launches included: a whole model is timed as a user runs it."""
     calls, absent = models.systems(case)
     for call in calls.values():
@@ -149,13 +180,30 @@ def run_model(case: models.ModelCase, ceilings: measure.Ceilings, rounds: int) -
             call()
     floor = None if case.training else ceilings.floor_us(*models.work(case), "bfloat16")
     about = {"bench": case.name, "l2": "warm"}
-    return _rows(measure.in_turns(calls, rounds, cold=False), about, floor, {}), absent
+    off = dict.fromkeys(("ours", "captured"), wrong)
+    return _rows(measure.in_turns(calls, rounds, cold=False), about, floor, off), absent
+
+
+def prove() -> dict[str, Any]:
+    """The tests, the sanitizers, and what they prove written down."""
+    found: dict[str, Any] = {"environment": environment(), "tests": run_tests()}
+    print(f"tests: {'passed' if found['tests']['ok'] else 'FAILED'}", flush=True)
+    found["sanitizer"] = {tool: sanitize.run(tool) for tool in sanitize.TOOLS}
+    for tool, told in found["sanitizer"].items():
+        state = told["reason"] if told["ok"] is None else "passed" if told["ok"] else "FAILED"
+        print(f"compute-sanitizer {tool}: {state}", flush=True)
+    return found | {"proven": record_proof(found)}
+
+
+def passed(result: dict[str, Any]) -> bool:
+    """Whether what was run of the tests and sanitizers passed."""
+    checks = [result.get("tests", {}), *result.get("sanitizer", {}).values()]
+    return not any(check.get("ok") is False for check in checks)
 
 
 def record_proof(result: dict[str, Any], path: Path = proven.TABLE) -> list[str]:
     """Write down what the tests of this run prove on this GPU; the backends it was written for."""
-    checks = result["sanitizer"].values()
-    if not result["tests"]["ok"] or any(check["ok"] is False for check in checks):
+    if not passed(result):
         return []
     about = result["environment"]
     architecture = "sm_" + about["capability"].replace(".", "")
@@ -182,13 +230,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--rounds", type=int, default=50, help="measurements of each case")
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose names match alone, and no tests")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which no further case begins")
     parser.add_argument("--must", type=Path, metavar="JSON", help="only print what has to be reached from a result")
     parser.add_argument("--dry-run", action="store_true", help="list the tests and cases, and run none")
     chosen = parser.parse_args(arguments)
-    op_cases, merge_cases, model_cases = list(ops.cases()), list(merging.cases()), list(models.cases())
+    cases: list[tuple[Callable[..., Outcome], Any]] = [
+        *((run_op, case) for case in ops.cases()), *((run_merge, case) for case in merging.cases()),
+        *((run_model, case) for case in models.cases()),
+    ]  # fmt: skip
+    cases = [(run, case) for run, case in cases if re.search(chosen.only, case.name)]
     if chosen.dry_run:
-        print("\n".join([*TESTS, *(c.name for c in [*op_cases, *merge_cases, *model_cases])]))
+        print("\n".join([*(() if chosen.only else TESTS), *(case.name for _, case in cases)]))
         return 0
     if chosen.must is not None:
         print(must.text(json.loads(chosen.must.read_text())["records"]))
@@ -200,24 +253,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--json FILE is needed")
 
     begun = time.monotonic()
-    result: dict[str, Any] = {"environment": environment(), "tests": run_tests(), "records": [], "not_run": []}
-    print(f"tests: {'passed' if result['tests']['ok'] else 'FAILED'}", flush=True)
-    result["sanitizer"] = {tool: sanitize.run(tool) for tool in sanitize.TOOLS}
-    for tool, told in result["sanitizer"].items():
-        state = told["reason"] if told["ok"] is None else "passed" if told["ok"] else "FAILED"
-        print(f"compute-sanitizer {tool}: {state}", flush=True)
-    result["proven"], result["absent"] = record_proof(result), {}
+    result: dict[str, Any] = {"environment": environment(), "records": [], "not_run": [], "absent": {}}
+    if not chosen.only:
+        result |= prove()
+    wrong = check_all([case for _, case in cases])
+    print(f"checked {len(cases)} cases after {time.monotonic() - begun:.0f} s", flush=True)
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}
-    work = [*((c.name, run_op, (c, ceilings, chosen.rounds)) for c in op_cases),
-            *((c.name, run_merge, (c, ceilings, chosen.rounds)) for c in merge_cases),
-            *((c.name, run_model, (c, ceilings, chosen.rounds)) for c in model_cases)]  # fmt: skip
-    for name, run, args in work:
+    for run, case in cases:
+        name = case.name
         if time.monotonic() - begun > chosen.budget:
             result["not_run"].append({"bench": name, "reason": f"the budget of {chosen.budget:.0f} s was spent"})
             continue
         try:
-            rows, absent = run(*args)
+            rows, absent = run(case, wrong[name], ceilings, chosen.rounds)
         except Exception as error:  # one case that fails must not lose the others' results
             result["not_run"].append({"bench": name, "reason": f"{type(error).__name__}: {error}"})
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
@@ -233,9 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, reason in result["absent"].items():
         print(f"not here: {name} ({reason})")
     print(must.text(result["records"]))
-    failed = not result["tests"]["ok"] or result["not_run"] or any(row["wrong"] for row in result["records"])
-    failed = failed or any(told["ok"] is False for told in result["sanitizer"].values())
-    return 1 if failed else 0
+    failed = result["not_run"] or any(row["wrong"] for row in result["records"])
+    return 1 if failed or not passed(result) else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,10 +52,10 @@ def work(case: ModelCase) -> tuple[float, float]:
     return 12.0 * tokens * (24 * h * h + 4 * case.sequence * h + low), 0.0
 
 
-def _adapted(case: ModelCase, name: str = "bench") -> torch.nn.Module:
+def _adapted(case: ModelCase, layers: int = 12) -> torch.nn.Module:
     if case.method == "houlsby":
-        return fa.adapt(_stock(), fa.HoulsbyConfig(bottleneck=64), name=name)
-    return fa.adapt(_stock(), fa.LoRAConfig(r=8, alpha=8, targets=tuple(TARGETS)), name=name)
+        return fa.adapt(_stock(layers), fa.HoulsbyConfig(bottleneck=64), name="bench")
+    return fa.adapt(_stock(layers), fa.LoRAConfig(r=8, alpha=8, targets=tuple(TARGETS)), name="bench")
 
 
 def _peft() -> torch.nn.Module:
@@ -81,14 +82,14 @@ def _captured(model: torch.nn.Module, case: ModelCase) -> Callable[[], Any]:
     return lambda: run(**inputs)
 
 
-def _stock() -> torch.nn.Module:
+def _stock(layers: int = 12) -> torch.nn.Module:
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(num_labels=2))
+    return BertForSequenceClassification(BertConfig(num_labels=2, num_hidden_layers=layers))
 
 
-def _inputs(case: ModelCase) -> dict[str, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    tokens = torch.randint(1000, 30000, (case.batch, case.sequence), device="cuda", generator=generator)
+def _inputs(case: ModelCase, device: str = "cuda") -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(1000, 30000, (case.batch, case.sequence), device=device, generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -147,3 +148,34 @@ def systems(case: ModelCase) -> tuple[dict[str, Callable[[], Any]], dict[str, st
     if case.compiled:
         found["compiled"] = _step(torch.compile(placed(_stock()), mode="max-autotune-no-cudagraphs"), case)
     return found, absent
+
+
+def wrong(case: ModelCase, device: str = "cuda", layers: int = 12) -> str | None:
+    """Why ours is off: logits, or all gradients together, more than twice as far from float64's as eager code's are.
+
+    Without dropout, and with every trained weight drawn anew, since many begin at zero.
+    """
+    model = _adapted(case, layers).to(device).eval()
+    generator = torch.Generator(device).manual_seed(2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += torch.randn(p.shape, device=device, generator=generator) * 0.02
+    inputs = _inputs(case, device)
+    labels = torch.arange(case.batch, device=device) % 2
+
+    def result(own: torch.nn.Module) -> torch.Tensor:
+        if not case.training:
+            with torch.no_grad():
+                return own(**inputs).logits.double()
+        with torch.autocast(device, torch.bfloat16, enabled=own is model):
+            loss = own(**inputs, labels=labels).loss
+        theirs = [p for p in own.parameters() if p.requires_grad]
+        return torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, theirs)])
+
+    with fa.backend("reference"):
+        exact = result(copy.deepcopy(model).double())
+        model = model if case.training else model.bfloat16()
+        allowed = 2.0 * (result(model) - exact).norm().item()
+    off = (result(model) - exact).norm().item()
+    return None if off <= allowed else f"error {off:.3e}, allowed {allowed:.3e}"
