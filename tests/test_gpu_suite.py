@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 import fastadapt as fa
 from benchmarks.gpu_suite import __main__ as suite
-from benchmarks.gpu_suite import measure, merging, models, must, ops, peers, sanitize
+from benchmarks.gpu_suite import check, measure, merging, models, must, ops, peers, sanitize
 from fastadapt import dispatch
 
 
@@ -103,7 +103,15 @@ def test_a_case_that_fails_is_told_and_loses_no_other(monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(merging, "wrong", refuse)
-    assert suite.checked(merging.MergeCase(8, "bfloat16")) == "RuntimeError: no memory"
+    assert check.checked(merging.MergeCase(8, "bfloat16")) == "RuntimeError: no memory"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU every case fails")
+def test_cases_are_checked_in_other_processes():
+    cases = [merging.MergeCase(8, "bfloat16"), merging.MergeCase(8, "float32")]
+    found = check.check_all(cases, workers=2)
+    assert list(found) == [case.name for case in cases]
+    assert all("CUDA" in wrong or "NVIDIA" in wrong for wrong in found.values())
 
 
 def test_a_model_case_holds_peft_to_the_same_six_linears():

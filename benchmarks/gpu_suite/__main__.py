@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
-import os
 import platform
 import re
 import subprocess
@@ -15,7 +13,6 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ import transformers
 import triton
 
 import fastadapt as fa
-from benchmarks.gpu_suite import measure, merging, models, must, ops, peers, sanitize
+from benchmarks.gpu_suite import check, measure, merging, models, must, ops, peers, sanitize
 from fastadapt import dispatch, proven
 from fastadapt.ops.schemas import CUDA_OPS
 
@@ -35,8 +32,6 @@ TESTS = (
     "tests/test_whole_graphs.py::test_trains_inside_graphed_callables",
 )  # fmt: skip
 TESTS_LIMIT_S = 240
-# Most of what is not measured is compilation, which takes a processor of the host each; a worker takes 1 GB of the GPU.
-WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 NO_GPU = 2
 # Systems that the others are also held against, beside eager code.
 BASES = ("frozen", "merged", "copy", "compiled", "peft", "adapterhub", "captured")
@@ -64,7 +59,7 @@ def run_tests() -> dict[str, Any]:
     """pytest on op tests and captured training; with a GPU visible, kernels are compiled instead of interpreted."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(WORKERS), "--dist",
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(check.WORKERS), "--dist",
                    "worksteal", "--maxfail=40", f"--junitxml={report}", *TESTS]  # fmt: skip
         begun = time.monotonic()
         try:
@@ -93,29 +88,6 @@ def _rows(
         row["share_of_floor"] = None if floor_us is None else floor_us / p50
         row["wrong"] = off.get(system)
         found.append(row)
-    return found
-
-
-def checked(case: ops.OpCase | merging.MergeCase | models.ModelCase) -> str | None:
-    """Why what the case computes is wrong; None where it is right. Compiles the kernels that it launches."""
-    try:
-        if isinstance(case, ops.OpCase):
-            return ops.wrong(case) or ops.repeats(case)
-        return merging.wrong(case) if isinstance(case, merging.MergeCase) else models.wrong(case)
-    except Exception as error:  # one case that fails must not lose the others' results
-        return f"{type(error).__name__}: {error}"
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # which the other processes may need
-
-
-def check_all(cases: list[Any]) -> dict[str, str | None]:
-    """Every case :func:`checked`, in several processes at once, since nothing is measured yet."""
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip((case.name for case in cases), pool.map(checked, cases), strict=True))
-    for case in cases:
-        if (found[case.name] or "").startswith("OutOfMemoryError"):
-            found[case.name] = checked(case)  # with the GPU to itself
     return found
 
 
@@ -256,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"environment": environment(), "records": [], "not_run": [], "absent": {}}
     if not chosen.only:
         result |= prove()
-    wrong = check_all([case for _, case in cases])
+    wrong = check.check_all([case for _, case in cases])
     print(f"checked {len(cases)} cases after {time.monotonic() - begun:.0f} s", flush=True)
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}

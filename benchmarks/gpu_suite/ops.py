@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -185,8 +186,8 @@ def step(case: OpCase, forward: Callable[[], Tensor], t: Tensors, trained: tuple
         return inference
     leaves = [t[name].requires_grad_() for name in trained or TRAINED[case.op]]
     if case.backward_only:
-        y = forward()
-        return lambda: torch.autograd.grad(y, leaves, t["dy"], retain_graph=True)
+        made = cache(forward)  # at the first call: backward runs on the stream that its forward ran on
+        return lambda: torch.autograd.grad(made(), leaves, t["dy"], retain_graph=True)
     return lambda: torch.autograd.grad(forward(), leaves, t["dy"])
 
 
