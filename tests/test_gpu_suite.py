@@ -103,7 +103,19 @@ def test_a_case_that_fails_is_told_and_loses_no_other(monkeypatch):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(merging, "wrong", refuse)
-    assert check.checked(merging.MergeCase(8, "bfloat16")) == "RuntimeError: no memory"
+    assert check.checked(merging.MergeCase(8, "bfloat16")) == check.Verdict("RuntimeError: no memory", raised=True)
+
+
+def test_a_process_whose_gpu_failed_leaves_the_other_cases_to_others(monkeypatch):
+    def failed():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    case = merging.MergeCase(8, "bfloat16")
+    monkeypatch.setattr(merging, "wrong", lambda case: failed())
+    monkeypatch.setattr(torch.cuda, "empty_cache", failed)
+    monkeypatch.setattr(check, "_usable", True)
+    assert check.checked(case).raised
+    assert check.checked(case) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU every case fails")
@@ -111,7 +123,7 @@ def test_cases_are_checked_in_other_processes():
     cases = [merging.MergeCase(8, "bfloat16"), merging.MergeCase(8, "float32")]
     found = check.check_all(cases, workers=2)
     assert list(found) == [case.name for case in cases]
-    assert all("CUDA" in wrong or "NVIDIA" in wrong for wrong in found.values())
+    assert all(verdict.raised and ("CUDA" in verdict.wrong or "NVIDIA" in verdict.wrong) for verdict in found.values())
 
 
 def test_a_model_case_holds_peft_to_the_same_six_linears():

@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"environment": environment(), "records": [], "not_run": [], "absent": {}}
     if not chosen.only:
         result |= prove()
-    wrong = check.check_all([case for _, case in cases])
+    verdicts = check.check_all([case for _, case in cases])
     print(f"checked {len(cases)} cases after {time.monotonic() - begun:.0f} s", flush=True)
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}
@@ -237,8 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - begun > chosen.budget:
             result["not_run"].append({"bench": name, "reason": f"the budget of {chosen.budget:.0f} s was spent"})
             continue
+        if verdicts[name].raised:
+            result["not_run"].append({"bench": name, "reason": verdicts[name].wrong})
+            print(f"{name}: {verdicts[name].wrong}", flush=True)
+            continue
         try:
-            rows, absent = run(case, wrong[name], ceilings, chosen.rounds)
+            rows, absent = run(case, verdicts[name].wrong, ceilings, chosen.rounds)
         except Exception as error:  # one case that fails must not lose the others' results
             result["not_run"].append({"bench": name, "reason": f"{type(error).__name__}: {error}"})
             print(f"{name}: {type(error).__name__}: {error}", flush=True)

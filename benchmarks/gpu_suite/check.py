@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -16,24 +17,43 @@ Case = ops.OpCase | merging.MergeCase | models.ModelCase
 WORKERS = max(1, min(15, (os.cpu_count() or 1) - 1))
 
 
-def checked(case: Case) -> str | None:
-    """Why what the case computes is wrong; None where it is right. Compiles the kernels that it launches."""
+@dataclass(frozen=True)
+class Verdict:
+    """Why what a case computes is wrong (None: it is right), and whether it raised instead of giving a result."""
+
+    wrong: str | None
+    raised: bool = False
+
+
+_usable = True  # whether this process can go on using the GPU: after an illegal access it can't
+
+
+def checked(case: Case) -> Verdict | None:
+    """The verdict on one case; None where this process can't tell any more. Compiles the kernels that are launched."""
+    global _usable
+    if not _usable:
+        return None
     try:
         if isinstance(case, ops.OpCase):
-            return ops.wrong(case) or ops.repeats(case)
-        return merging.wrong(case) if isinstance(case, merging.MergeCase) else models.wrong(case)
+            return Verdict(ops.wrong(case) or ops.repeats(case))
+        return Verdict(merging.wrong(case) if isinstance(case, merging.MergeCase) else models.wrong(case))
     except Exception as error:  # one case that fails must not lose the others' results
-        return f"{type(error).__name__}: {error}"
+        return Verdict(f"{type(error).__name__}: {error}", raised=True)
     finally:
-        if torch.cuda.is_available():
+        try:
             torch.cuda.empty_cache()  # which the other processes may need
+        except RuntimeError:
+            _usable = False
 
 
-def check_all(cases: list[Case], workers: int = WORKERS) -> dict[str, str | None]:
-    """Every case :func:`checked`, in several processes at once, since nothing is measured yet."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        found = dict(zip((case.name for case in cases), pool.map(checked, cases), strict=True))
+def check_all(cases: list[Case], workers: int = WORKERS) -> dict[str, Verdict]:
+    """The verdict on every case, by name."""
+    found: dict[str, Verdict] = {}
+    while left := [case for case in cases if case.name not in found]:
+        with ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn")) as pool:
+            verdicts = zip(left, pool.map(checked, left), strict=True)
+            found |= {case.name: verdict for case, verdict in verdicts if verdict is not None}
     for case in cases:
-        if (found[case.name] or "").startswith("OutOfMemoryError"):
-            found[case.name] = checked(case)  # with the GPU to itself
+        if (found[case.name].wrong or "").startswith("OutOfMemoryError"):
+            found[case.name] = checked(case) or found[case.name]  # with the GPU to itself
     return found
