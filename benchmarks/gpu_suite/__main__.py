@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ TESTS = (
     "tests/test_rows_ops.py", "tests/test_mix_ops.py", "tests/test_dropout.py", "tests/test_dispatch.py",
     "tests/test_whole_graphs.py::test_trains_inside_graphed_callables",
 )  # fmt: skip
-TESTS_LIMIT_S = 240
+TESTS_LIMIT_S = 240.0
 NO_GPU = 2
 # Systems that the others are also held against, beside eager code.
 BASES = ("frozen", "merged", "copy", "compiled", "peft", "adapterhub", "captured")
@@ -55,22 +59,27 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_tests() -> dict[str, Any]:
+def run_tests(limit_s: float) -> dict[str, Any]:
     """pytest on op tests and captured training; with a GPU visible, kernels are compiled instead of interpreted."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(check.WORKERS), "--dist",
-                   "worksteal", "--maxfail=40", f"--junitxml={report}", *TESTS]  # fmt: skip
+        report, workers = Path(folder, "junit.xml"), max(1, (os.cpu_count() or 1) * 3 // 4)
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(workers), "--dist",
+                   "worksteal", "--maxfail=40", "--tb=short", f"--junitxml={report}", *TESTS]  # fmt: skip
         begun = time.monotonic()
+        run = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_LIMIT_S)
+            output, _ = run.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            return {"ok": False, "reason": f"not finished after {TESTS_LIMIT_S} s"}
+            os.killpg(run.pid, signal.SIGKILL)  # its workers too, which would disturb what is measured next
+            output, _ = run.communicate()
+            return {"ok": False, "reason": f"not finished after {limit_s:.0f} s", "output": output[-4000:]}
         suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
         counts = {} if suite is None else {n: int(suite.get(n, 0)) for n in ("tests", "failures", "errors", "skipped")}
         return {
-            "ok": done.returncode == 0, **counts, "seconds": round(time.monotonic() - begun, 1),
-            "output": done.stdout[-4000:],
+            "ok": run.returncode == 0, **counts, "seconds": round(time.monotonic() - begun, 1),
+            "output": output[-4000:],
         }  # fmt: skip
 
 
@@ -156,15 +165,26 @@ def run_model(case: models.ModelCase, wrong: str | None, ceilings: measure.Ceili
     return _rows(measure.in_turns(calls, rounds, cold=False), about, floor, off), absent
 
 
-def prove() -> dict[str, Any]:
-    """The tests, the sanitizers, and what they prove written down."""
-    found: dict[str, Any] = {"environment": environment(), "tests": run_tests()}
-    print(f"tests: {'passed' if found['tests']['ok'] else 'FAILED'}", flush=True)
-    found["sanitizer"] = {tool: sanitize.run(tool) for tool in sanitize.TOOLS}
-    for tool, told in found["sanitizer"].items():
+def prove(cases: list[check.Case], tests_limit_s: float | None) -> tuple[dict[str, Any], dict[str, check.Verdict]]:
+    """(the outcome of the tests and sanitizers, the verdict on every case), all at once: nothing is measured yet.
+
+    Without a limit for the tests, only the cases are checked.
+    """
+    with ThreadPoolExecutor() as beside:
+        jobs: dict[str, Any] = {}
+        if tests_limit_s is not None:
+            jobs = {tool: beside.submit(sanitize.run, tool) for tool in sanitize.TOOLS}
+            jobs["tests"] = beside.submit(run_tests, tests_limit_s)
+        verdicts = check.check_all(cases)
+        found = {name: job.result() for name, job in jobs.items()}
+    if not found:
+        return {}, verdicts
+    tests = found.pop("tests")
+    print(f"tests: {'passed' if tests['ok'] else 'FAILED'}", flush=True)
+    for tool, told in found.items():
         state = told["reason"] if told["ok"] is None else "passed" if told["ok"] else "FAILED"
         print(f"compute-sanitizer {tool}: {state}", flush=True)
-    return found | {"proven": record_proof(found)}
+    return {"tests": tests, "sanitizer": found}, verdicts
 
 
 def passed(result: dict[str, Any]) -> bool:
@@ -203,8 +223,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--rounds", type=int, default=50, help="measurements of each case")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose names match alone, and no tests")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which no further case begins")
-    parser.add_argument("--must", type=Path, metavar="JSON", help="only print what has to be reached from a result")
+    parser.add_argument("--tests-limit", type=float, default=TESTS_LIMIT_S, help="seconds for the tests")
+    parser.add_argument(
+        "--must", type=Path, nargs="+", metavar="JSON", help="only print what has to be reached, from results"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the tests and cases, and run none")
     chosen = parser.parse_args(arguments)
     cases: list[tuple[Callable[..., Outcome], Any]] = [
@@ -212,11 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
         *((run_model, case) for case in models.cases()),
     ]  # fmt: skip
     cases = [(run, case) for run, case in cases if re.search(chosen.only, case.name)]
+    if chosen.no_compile:
+        cases = [(run, replace(case, compiled=False) if hasattr(case, "compiled") else case) for run, case in cases]
+    cases.sort(key=lambda each: must.rank(each[1].name))  # first what has to be reached, should the budget not do
     if chosen.dry_run:
         print("\n".join([*(() if chosen.only else TESTS), *(case.name for _, case in cases)]))
         return 0
     if chosen.must is not None:
-        print(must.text(json.loads(chosen.must.read_text())["records"]))
+        print(must.text([row for file in chosen.must for row in json.loads(file.read_text())["records"]]))
         return 0
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA GPU is visible here, so nothing was tested or measured", file=sys.stderr)
@@ -226,9 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     begun = time.monotonic()
     result: dict[str, Any] = {"environment": environment(), "records": [], "not_run": [], "absent": {}}
-    if not chosen.only:
-        result |= prove()
-    verdicts = check.check_all([case for _, case in cases])
+    proof, verdicts = prove([case for _, case in cases], None if chosen.only else chosen.tests_limit)
+    result |= proof
+    if proof:
+        result["proven"] = record_proof(result)
     print(f"checked {len(cases)} cases after {time.monotonic() - begun:.0f} s", flush=True)
     ceilings = measure.ceilings()
     result["ceilings"] = {"copy_bytes_per_s": ceilings.copy, "product_flops": ceilings.product}

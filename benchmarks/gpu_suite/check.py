@@ -13,8 +13,8 @@ from benchmarks.gpu_suite import merging, models, ops
 
 Case = ops.OpCase | merging.MergeCase | models.ModelCase
 
-# Most of what is not measured is compilation, which takes a processor of the host each; a worker takes 1 GB of the GPU.
-WORKERS = max(1, min(15, (os.cpu_count() or 1) - 1))
+# Most of what is not measured is compilation, which takes a processor of the host each, and the tests have more of it.
+WORKERS = max(1, (os.cpu_count() or 1) // 4)
 
 
 @dataclass(frozen=True)

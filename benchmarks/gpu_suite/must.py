@@ -15,6 +15,14 @@ Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the records of some benches say."""
+
+    benches: tuple[str, ...]
+    value: Callable[[Records], float | None]
+
+
+@dataclass(frozen=True)
 class Figure:
     """``must`` and ``goal`` are lower bounds of shares, upper bounds of ratios."""
 
@@ -22,7 +30,7 @@ class Figure:
     must: float
     goal: float
     share: bool
-    value: Callable[[Records], float | None]
+    reading: Reading
 
     def holds(self, value: float) -> bool:
         return value >= self.must if self.share else value <= self.must
@@ -31,7 +39,7 @@ class Figure:
         return f"{x:.0%}" if self.share else f"{x:.4g}"
 
 
-def _of(field: str, bench: str, l2: str = "warm", systems: tuple[str, ...] = ("ours",)) -> Callable[[Records], Any]:
+def _of(field: str, bench: str, l2: str = "warm", systems: tuple[str, ...] = ("ours",)) -> Reading:
     """A field of the first of these systems that was measured and is not wrong."""
 
     def value(records: Records) -> float | None:
@@ -41,25 +49,25 @@ def _of(field: str, bench: str, l2: str = "warm", systems: tuple[str, ...] = ("o
                     return row.get(field)
         return None
 
-    return value
+    return Reading((bench,), value)
 
 
-def _largest(field: str, benches: tuple[str, ...]) -> Callable[[Records], float | None]:
+def _largest(field: str, benches: tuple[str, ...]) -> Reading:
     """Of several measurements the worst, once all are there."""
 
     def value(records: Records) -> float | None:
-        found = [_of(field, bench)(records) for bench in benches]
+        found = [_of(field, bench).value(records) for bench in benches]
         return None if any(x is None for x in found) else max(found)  # type: ignore[type-var]
 
-    return value
+    return Reading(benches, value)
 
 
-def _inverse(of: Callable[[Records], float | None]) -> Callable[[Records], float | None]:
+def _inverse(of: Reading) -> Reading:
     def value(records: Records) -> float | None:
-        found = of(records)
+        found = of.value(records)
         return None if not found else 1.0 / found
 
-    return value
+    return Reading(of.benches, value)
 
 
 def _spills(records: Records) -> float | None:
@@ -109,15 +117,21 @@ FIGURES = (
     Figure("training step with Houlsby, B=32 ÷ AdapterHub's", 0.6, 0.4, False,
            _of("ratio_to_adapterhub", _model("training", 32))),
     Figure("the same ÷ full fine-tuning", 0.5, 0.4, False, _of("ratio_to_eager", _model("training", 32))),
-    Figure("bytes spilled by the chosen launches, bf16 and fp16, sm_80 and sm_90", 0.0, 0.0, False, _spills),
+    Figure("bytes spilled by the chosen launches, bf16 and fp16, sm_80 and sm_90", 0.0, 0.0, False,
+           Reading((), _spills)),
 )  # fmt: skip
+
+
+def rank(bench: str) -> int:
+    """A bench's place among what has to be reached; what is only reported comes after."""
+    return next((i for i, figure in enumerate(FIGURES) if bench in figure.reading.benches), len(FIGURES))
 
 
 def table(records: Records) -> list[dict[str, Any]]:
     """One row a figure: name, must, goal, value (None: not measured) and whether the must is reached."""
     found = []
     for figure in FIGURES:
-        value = figure.value(records)
+        value = figure.reading.value(records)
         found.append({"figure": figure.name, "must": figure.must, "goal": figure.goal, "value": value,
                       "reached": None if value is None else figure.holds(value)})  # fmt: skip
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,3 +28,26 @@ __all__ = [
 def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
     """The reference refuses nothing."""
     return None
+
+
+def _as_given(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op in the dtypes of its arguments, which its caller has cast: autocast would cast some of its steps anew."""
+
+    @functools.wraps(op)
+    def run(first: torch.Tensor, *arguments: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return op(first, *arguments)
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *arguments)
+
+    return run
+
+
+add_norm_forward, add_norm_backward = map(_as_given, (add_norm_forward, add_norm_backward))
+attention_forward, attention_backward = map(_as_given, (attention_forward, attention_backward))
+bottleneck_forward, bottleneck_backward = map(_as_given, (bottleneck_forward, bottleneck_backward))
+bottleneck_rows_forward, bottleneck_rows_backward = map(_as_given, (bottleneck_rows_forward, bottleneck_rows_backward))
+drop = _as_given(drop)
+linear_forward, linear_backward = map(_as_given, (linear_forward, linear_backward))
+lora_forward, lora_backward = map(_as_given, (lora_forward, lora_backward))
+mix_forward, mix_backward = map(_as_given, (mix_forward, mix_backward))

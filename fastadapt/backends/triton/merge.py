@@ -61,7 +61,8 @@ def _narrow(x, NAME: tl.constexpr):
         return x.to(tl.uint32, bitcast=True)
     elif NAME == "bfloat16":
         bits = x.to(tl.uint32, bitcast=True)
-        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, nearest, 0x7FC0)  # a GPU's NaN has all bits set: the sum would wrap to a zero
     else:
         return x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
 
