@@ -169,3 +169,13 @@ def test_on_a_gpu_the_kernels_are_the_ops_cuda_implementations():
     )
     done = _python(code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_keeps_its_arguments_dtypes_under_autocast():
+    """A backend may make a step of an op in float32 that autocast would make in bfloat16."""
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    plain = dispatch.kernel("reference", "linear_forward")(x, [w], [None], "none", 0.0, None, False)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dispatch.kernel("reference", "linear_forward")(x, [w], [None], "none", 0.0, None, False)[0]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, plain)

@@ -253,6 +253,23 @@ def test_stacked_ranks_are_several_loras_at_once():
     assert torch.allclose(weights[0].double(), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_narrowing_keeps_what_is_not_finite(name):
+    """A GPU's own NaN has all bits set, which rounding by an addition would carry over into a zero's."""
+    pytest.importorskip("triton")
+    from tests.triton_probes import narrow_kernel
+
+    patterns = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7F800000, -0x800000, 0x3F800000, 0x7F7FFFFF]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.tensor(patterns, dtype=torch.int32, device=device)
+    out = torch.empty_like(x)
+    narrow_kernel[(1,)](x, out, NAME=name, COUNT=len(patterns))
+    dtype = getattr(torch, name)
+    found = out if dtype == torch.float32 else out.to(torch.int16)
+    want = x.view(torch.float32).to(dtype)
+    torch.testing.assert_close(found.view(dtype), want, rtol=0, atol=0, equal_nan=True)
+
+
 _COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
