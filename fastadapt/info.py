@@ -69,6 +69,6 @@ def text() -> str:
         lines.append((f"backend {name}", state))
         lines.append(("", f"proven on: {PROVEN[name]}"))
         if name in proven.table():
-            lines.append(("", f"proven on a GPU: {proven.devices(name) or 'none, its tests never ran on one'}"))
+            lines.append(("", f"proven on a GPU: {proven.devices(name) or 'none by a whole run of the GPU suite'}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in lines)

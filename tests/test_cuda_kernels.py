@@ -298,11 +298,11 @@ def test_no_kernel_is_picked_on_a_gpu_that_its_tests_never_ran_on(monkeypatch):
     device = type("Device", (), {"major": 9, "minor": 0})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a: device)
     monkeypatch.setattr(module, "_PROVEN", {"sm_80": ["add_norm_forward"]})
-    assert "never ran on a GPU of sm_90" in module.reluctance("add_norm_forward", "cuda", {"rows": 4})
+    assert "has not proven it on sm_90" in module.reluctance("add_norm_forward", "cuda", {"rows": 4})
     device.major = 8
     assert module.reluctance("add_norm_forward", "cuda", {"rows": 4}) is None
     assert "few enough" in module.reluctance("add_norm_forward", "cuda", {"rows": 513})
-    assert "never ran" in module.reluctance("remerge_", "cuda", {})
+    assert "has not proven" in module.reluctance("remerge_", "cuda", {})
 
 
 def test_the_picker_passes_over_a_reluctant_backend_and_forcing_does_not(monkeypatch):

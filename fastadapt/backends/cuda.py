@@ -54,7 +54,7 @@ def reluctance(op: str, device_type: str, facts: dict[str, Any]) -> str | None:
         device = torch.cuda.get_device_properties()
         architecture = f"sm_{device.major}{device.minor}"
         if op not in _PROVEN.get(architecture, ()):
-            return f"its tests never ran on a GPU of {architecture}; fa.backend('cuda') forces it"
+            return f"the GPU suite has not proven it on {architecture}; fa.backend('cuda') forces it"
     if op != "remerge_" and facts.get("rows", 0) > _FEW_ROWS:
         return f"{facts['rows']} rows; up to {_FEW_ROWS} are few enough to gain from one launch"
     return None
