@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,38 @@ def test_a_case_that_fails_is_told_and_loses_no_other(monkeypatch):
 
     monkeypatch.setattr(merging, "wrong", refuse)
     assert check.checked(merging.MergeCase(8, "bfloat16")) == check.Verdict("RuntimeError: no memory", raised=True)
+
+
+def _dies(case):
+    if case.dtype == "bfloat16":
+        os._exit(1)
+    return check.Verdict(None)
+
+
+def test_a_case_whose_process_dies_costs_no_other_its_verdict(monkeypatch):
+    cases = [merging.MergeCase(8, "bfloat16"), merging.MergeCase(8, "float32"), merging.MergeCase(64, "float32")]
+    monkeypatch.setattr(check, "checked", _dies)
+    found = check.check_all(cases, workers=2)
+    assert [found[case.name].wrong for case in cases] == ["the process died", None, None]
+
+
+def test_the_tests_outcome_and_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "TESTS", ("tests",))
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_x.py"
+    file.write_text("import pytest\n@pytest.mark.parametrize('a', ['a - b', 'c'])\ndef test_cuda(a): assert a == 'c'\n")
+    told = suite.run_tests(120.0)
+    assert (told["ok"], told["tests"], told["failed"]) == (False, 2, ["tests/test_x.py::test_cuda[a - b]"])
+    file.write_text("def test_cuda(): pass\n")
+    told = suite.run_tests(120.0)
+    assert (told["ok"], told["tests"], told["failed"]) == (True, 1, [])
+
+
+def test_tests_that_take_too_long_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "TESTS", ("tests",))
+    assert suite.run_tests(0.1) == {"ok": False, "reason": "not finished after 0 s", "failed": []}
 
 
 def test_a_process_whose_gpu_failed_leaves_the_other_cases_to_others(monkeypatch):

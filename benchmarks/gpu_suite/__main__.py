@@ -63,7 +63,7 @@ def run_tests(limit_s: float) -> dict[str, Any]:
     """pytest on op tests and captured training; with a GPU visible, kernels are compiled instead of interpreted."""
     with tempfile.TemporaryDirectory() as folder:
         report, workers = Path(folder, "junit.xml"), max(1, (os.cpu_count() or 1) * 3 // 4)
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda or graphed", "-n", str(workers), "--dist",
+        command = [sys.executable, "-m", "pytest", "-v", "-k", "cuda or graphed", "-n", str(workers), "--dist",
                    "worksteal", "--maxfail=40", "--tb=short", f"--junitxml={report}", *TESTS]  # fmt: skip
         begun = time.monotonic()
         run = subprocess.Popen(
@@ -74,13 +74,18 @@ def run_tests(limit_s: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)  # its workers too, which would disturb what is measured next
             output, _ = run.communicate()
-            return {"ok": False, "reason": f"not finished after {limit_s:.0f} s", "output": output[-4000:]}
+            return {"ok": False, "reason": f"not finished after {limit_s:.0f} s", "failed": _failed(output)}
         suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
         counts = {} if suite is None else {n: int(suite.get(n, 0)) for n in ("tests", "failures", "errors", "skipped")}
         return {
             "ok": run.returncode == 0, **counts, "seconds": round(time.monotonic() - begun, 1),
-            "output": output[-4000:],
+            "failed": _failed(output), "output": output[-8000:],
         }  # fmt: skip
+
+
+def _failed(output: str) -> list[str]:
+    """The tests that failed, by pytest's progress."""
+    return sorted(set(re.findall(r"^\[gw\d+\].* (?:FAILED|ERROR) (tests/.*?)\s*$", output, re.MULTILINE)))
 
 
 def _rows(
@@ -180,7 +185,8 @@ def prove(cases: list[check.Case], tests_limit_s: float | None) -> tuple[dict[st
     if not found:
         return {}, verdicts
     tests = found.pop("tests")
-    print(f"tests: {'passed' if tests['ok'] else 'FAILED'}", flush=True)
+    print(f"tests: {'passed' if tests['ok'] else 'FAILED'} {tests.get('reason', '')}".rstrip(), flush=True)
+    print("".join(f"  {name}\n" for name in tests["failed"]), end="", flush=True)
     for tool, told in found.items():
         state = told["reason"] if told["ok"] is None else "passed" if told["ok"] else "FAILED"
         print(f"compute-sanitizer {tool}: {state}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +48,21 @@ def checked(case: Case) -> Verdict | None:
 
 
 def check_all(cases: list[Case], workers: int = WORKERS) -> dict[str, Verdict]:
-    """The verdict on every case, by name."""
+    """The verdict on every case, by name; a case whose process dies costs no other case its own."""
     found: dict[str, Verdict] = {}
+    alone = False  # once a process has died, and nobody knows of which of the cases under way
     while left := [case for case in cases if case.name not in found]:
-        with ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn")) as pool:
-            verdicts = zip(left, pool.map(checked, left), strict=True)
-            found |= {case.name: verdict for case, verdict in verdicts if verdict is not None}
+        batch = left[:1] if alone else left
+        with ProcessPoolExecutor(min(workers, len(batch)), multiprocessing.get_context("spawn")) as pool:
+            jobs = {case.name: pool.submit(checked, case) for case in batch}
+        for name, job in jobs.items():
+            try:
+                verdict = job.result()
+            except BrokenProcessPool:
+                verdict = Verdict("the process died", raised=True) if alone else None
+            if verdict is not None:
+                found[name] = verdict
+        alone = alone or any(isinstance(job.exception(), BrokenProcessPool) for job in jobs.values())
     for case in cases:
         if (found[case.name].wrong or "").startswith("OutOfMemoryError"):
             found[case.name] = checked(case) or found[case.name]  # with the GPU to itself
