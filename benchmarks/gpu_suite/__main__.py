@@ -195,8 +195,8 @@ def prove(cases: list[check.Case], tests_limit_s: float | None) -> tuple[dict[st
 
 def passed(result: dict[str, Any]) -> bool:
     """Whether what was run of the tests and sanitizers passed."""
-    checks = [result.get("tests", {}), *result.get("sanitizer", {}).values()]
-    return not any(check.get("ok") is False for check in checks)
+    outcomes = [result.get("tests", {}), *result.get("sanitizer", {}).values()]
+    return not any(outcome.get("ok") is False for outcome in outcomes)
 
 
 def record_proof(result: dict[str, Any], path: Path = proven.TABLE) -> list[str]:
