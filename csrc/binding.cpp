@@ -1,5 +1,5 @@
-// The CPU kernels as implementations of the ops that fastadapt/ops/schemas.py defines: checks nothing that the Python
-// side has checked, packs weights, allocates outputs, picks the instruction set.
+// The CPU kernels as implementations of the ops that fastadapt/ops/schemas.py defines: checks shapes and dtypes, packs
+// weights, allocates outputs, picks the instruction set.
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "arguments.h"
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pack_cache.h"
@@ -18,13 +19,8 @@ namespace fastadapt::cpu {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-DType dtype_of(const Tensor& t) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16,
-              "the CPU kernels take float32 and bfloat16, got ", t.scalar_type());
-  return t.scalar_type() == at::kFloat ? DType::f32 : DType::bf16;
-}
+DType dtype_of(const Tensor& t) { return t.scalar_type() == at::kFloat ? DType::f32 : DType::bf16; }
 
 Tensor empty_like_type(const Tensor& t, at::IntArrayRef size) { return pooled_empty(size, t.scalar_type()); }
 Tensor empty_grad(at::IntArrayRef size) { return pooled_empty(size, at::kFloat); }
@@ -77,7 +73,7 @@ Act act_of(std::string_view name) {
   constexpr std::string_view names[] = {"none", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu"};
   for (int i = 0; i < 8; ++i)
     if (names[i] == name) return static_cast<Act>(i);
-  TORCH_CHECK(false, "activation: got ", name);
+  TORCH_CHECK_VALUE(false, "activation: got ", name, "; accepted are those of fastadapt.ops.ACTIVATIONS");
 }
 
 // As derivative_in_a_byte of fastadapt/ops/schemas.py has it.
@@ -87,13 +83,43 @@ bool in_a_byte(DType type, Act act) {
 }
 
 Dropout dropout_of(double p, const OptionalTensor& seed) {
+  check_probability("dropout_p", p);
   Dropout d;
   if (p == 0.0 || !seed.has_value()) return d;
+  TORCH_CHECK_VALUE(seed->numel() == 1 && seed->scalar_type() == at::kLong, "seed: got ", seed->toString(), " ",
+                    seed->sizes(), "; accepted is one int64");
   d.on = true;
   d.seed = static_cast<uint64_t>(seed->item<int64_t>());
   d.threshold = static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
   d.keep_scale = p == 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
   return d;
+}
+
+// Weights that share the input of `k` columns; `n` columns together, or as many as they have where that is -1.
+void check_linear(at::TensorList weights, int64_t n, int64_t k) {
+  TORCH_CHECK_VALUE(!weights.empty(), "weights: got none; accepted is at least one");
+  int64_t columns = 0;
+  for (const Tensor& w : weights) {
+    check_matrix("weight", w, w.dim() ? w.size(0) : 0, k);
+    columns += w.size(0);
+  }
+  TORCH_CHECK_VALUE(n < 0 || columns == n, "weights: got ", columns, " columns in all; accepted are ", n);
+}
+
+void check_loras(at::TensorList weights, at::TensorList a, at::TensorList b, at::IntArrayRef owners,
+                 at::IntArrayRef slots, int64_t slot_count) {
+  const size_t count = std::min({a.size(), b.size(), owners.size(), slots.size()});  // LowRankArgs holds them equal
+  for (size_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(owners[i] >= 0 && owners[i] < static_cast<int64_t>(weights.size()) && slots[i] >= 0 &&
+                          slots[i] < slot_count,
+                      "loras: got weight ", owners[i], " and slot ", slots[i], "; accepted are ", weights.size(),
+                      " weights and ", slot_count, " slots");
+    check_floating("a", a[i]);
+    TORCH_CHECK_VALUE(a[i].dim() == 2 && a[i].size(0) >= 1, "a: got shape ", a[i].sizes(), "; accepted is [r, ",
+                      weights[0].size(1), "], r >= 1");
+    check_matrix("a", a[i], a[i].size(0), weights[0].size(1));
+    check_matrix("b", b[i], weights[owners[i]].size(0), a[i].size(0));
+  }
 }
 
 // The LoRAs of a linear op, packed, in the order of their slots.
@@ -103,6 +129,10 @@ class LowRankArgs {
               at::ArrayRef<double> scales, at::IntArrayRef owners, at::IntArrayRef slots, int64_t slot_count,
               const OptionalTensor& rows, at::ArrayRef<double> lora_p, const OptionalTensor& lora_seeds) {
     const size_t count = a.size();
+    TORCH_CHECK_VALUE(b.size() == count && scales.size() == count && owners.size() == count && slots.size() == count &&
+                          lora_p.size() == count && (!lora_seeds.has_value() || lora_seeds->numel() == static_cast<int64_t>(count)),
+                      "a, b, scales, owners, slots, lora_p, lora_seeds: got ", count, " matrices a and ", b.size(),
+                      " matrices b; accepted is one entry a LoRA in each");
     std::vector<int64_t> used(slot_count, 0);
     for (size_t i = 0; i < count; ++i) order_.push_back(i);
     std::stable_sort(order_.begin(), order_.end(), [&](size_t x, size_t y) { return slots[x] < slots[y]; });
@@ -125,6 +155,8 @@ class LowRankArgs {
     }
     view_.count = static_cast<int>(count);
     view_.columns = *std::max_element(used.begin(), used.end());
+    TORCH_CHECK_VALUE(view_.columns <= kMaxRank, "a: got ranks of ", view_.columns, " in one slot; accepted are up to ",
+                      kMaxRank, " in all");
     view_.slots = static_cast<int>(slot_count);
     if (rows.has_value()) {
       rows_ = rows->contiguous();
@@ -161,6 +193,13 @@ std::tuple<Tensor, Tensor, Tensor> lora_forward(const Tensor& x, at::TensorList 
                                                 std::string_view activation, double dropout_p,
                                                 const OptionalTensor& seed, bool save) {
   const Table& table = active();
+  check_activation("x", x, 2);
+  check_features(x);
+  check_linear(weights, -1, x.size(1));
+  TORCH_CHECK_VALUE(biases.size() && biases.size() % weights.size() == 0, "biases: got ", biases.size(), " for ",
+                    weights.size(), " weights; accepted is one a weight for each slot");
+  for (size_t i = 0; i < biases.size(); ++i)
+    check_vector("bias", biases.get(i), weights[i % weights.size()].size(0));
   LinearForward p{};
   p.type = dtype_of(x);
   p.rows = x.size(0);
@@ -174,6 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_forward(const Tensor& x, at::TensorList 
     p.n += w.size(0);
   }
   const int64_t slot_count = static_cast<int64_t>(biases.size() / weights.size());
+  check_loras(weights, a, b, owners, slots, slot_count);
+  if (rows.has_value()) check_rows(*rows, p.rows, slot_count);
   LowRankArgs low(table, p.type, false, a, b, scales, owners, slots, slot_count, rows, lora_p, lora_seeds);
   p.low = low.view();
   const Tensor y = empty_like_type(x, {p.rows, p.n});
@@ -222,11 +263,22 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backwa
     std::string_view activation, double dropout_p, const OptionalTensor& seed, bool need_dx, bool need_dbias,
     bool need_dlora) {
   const Table& table = active();
+  check_activation("dy", dy, 2);
+  check_linear(weights, dy.size(1), weights.empty() || weights[0].dim() != 2 ? 0 : weights[0].size(1));
   LinearBackward p{};
   p.type = dtype_of(dy);
   p.rows = dy.size(0);
   p.k = dy.size(1);
   p.n = weights[0].size(1);
+  p.act = act_of(activation);
+  if (p.act != Act::none)
+    TORCH_CHECK_VALUE(z.is_cpu() && z.is_contiguous() && z.sizes() == dy.sizes() &&
+                          (z.scalar_type() == dy.scalar_type() ||
+                           (z.scalar_type() == at::kByte && in_a_byte(p.type, p.act))),
+                      "z: got ", z.toString(), " ", z.sizes(), "; accepted is what the forward gave for ", dy.sizes());
+  TORCH_CHECK_VALUE(slot_count >= 1, "slot_count: got ", slot_count, "; accepted is at least 1");
+  check_loras(weights, a, b, owners, slots, slot_count);
+  if (rows.has_value()) check_rows(*rows, p.rows, slot_count);
   const Tensor dx = need_dx ? empty_like_type(dy, {p.rows, p.n}) : empty_like_type(dy, {0});
   const Tensor dbias = need_dbias ? empty_grad({slot_count, p.k}) : empty_grad({0});
   std::vector<Tensor> da, db;
@@ -249,13 +301,20 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backwa
   LowRankArgs low(table, p.type, true, a, b, scales, owners, slots, slot_count, rows, lora_p, lora_seeds);
   if (need_dlora) low.set_grads(da, db);
   p.low = low.view();
+  if (need_dlora && p.low.count) {
+    check_activation("x", x, 2);
+    check_activation("s", s, 2);
+    TORCH_CHECK_VALUE(x.scalar_type() == dy.scalar_type() && x.size(0) == p.rows && x.size(1) == p.n, "x: got shape ",
+                      x.sizes(), "; accepted is [", p.rows, ", ", p.n, "] in dy's dtype");
+    TORCH_CHECK_VALUE(s.scalar_type() == dy.scalar_type() && s.size(0) == p.rows && s.size(1) == p.low.columns,
+                      "s: got shape ", s.sizes(), "; accepted is what the forward gave");
+  }
   p.dy = data(dy);
   const bool byte = z.scalar_type() == at::kByte;
   p.z = byte ? nullptr : data(z);
   p.code = byte ? static_cast<const uint8_t*>(data(z)) : nullptr;
   p.count = static_cast<int>(views.size());
   p.weights = views.data();
-  p.act = act_of(activation);
   p.drop = dropout_of(dropout_p, seed);
   p.x = data(x);
   p.s = data(s);
@@ -282,12 +341,45 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& z, at
   return {dx, need_dbias ? dbias.view({dbias.numel()}) : dbias};
 }
 
+void check_adapter(int64_t hidden, const Tensor& w_down, const OptionalTensor& b_down, const Tensor& w_up,
+                   const OptionalTensor& b_up, const OptionalTensor& scale_vector) {
+  check_floating("w_down", w_down);
+  TORCH_CHECK_VALUE(w_down.dim() == 2, "w_down: got shape ", w_down.sizes(), "; accepted is [b, ", hidden, "]");
+  const int64_t b = w_down.size(0);
+  check_matrix("w_down", w_down, b, hidden);
+  check_vector("b_down", b_down, b);
+  check_matrix("w_up", w_up, hidden, b);
+  check_vector("b_up", b_up, hidden);
+  check_vector("scale_vector", scale_vector, hidden);
+}
+
+// What a forward kept for a backward whose dy has as many rows.
+void check_kept(const char* name, const Tensor& t, const Tensor& dy, int64_t columns) {
+  TORCH_CHECK_VALUE(t.is_cpu() && t.is_contiguous() && t.scalar_type() == dy.scalar_type() && t.dim() == 2 &&
+                        t.size(0) == dy.size(0) && t.size(1) == columns,
+                    name, ": got ", t.toString(), " ", t.sizes(), "; accepted is a contiguous ", dy.toString(), " [",
+                    dy.size(0), ", ", columns, "]");
+}
+
+void check_norm(int64_t hidden, const OptionalTensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(weight.has_value() == bias.has_value(),
+                    "norm_weight, norm_bias: got one of them; accepted are both or neither");
+  check_vector("norm_weight", weight, hidden);
+  check_vector("norm_bias", bias, hidden);
+}
+
 std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
     const Tensor& x, const Tensor& w_down, const OptionalTensor& b_down, const Tensor& w_up,
     const OptionalTensor& b_up, std::string_view activation, double scale, const OptionalTensor& scale_vector,
     bool skip, const OptionalTensor& residual, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
     double eps, double dropout_p, const OptionalTensor& seed, bool save) {
   const Table& table = active();
+  check_activation("x", x, 2);
+  check_features(x);
+  check_like("residual", residual, x);
+  check_adapter(x.size(1), w_down, b_down, w_up, b_up, scale_vector);
+  check_norm(x.size(1), norm_weight, norm_bias);
+  check_epsilon(eps);
   BottleneckForward p{};
   p.type = dtype_of(x);
   p.rows = x.size(0);
@@ -331,6 +423,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
     const OptionalTensor& norm_weight, double eps, double dropout_p, const OptionalTensor& seed, bool need_dx,
     bool need_dresidual, bool need_dweights, bool need_dnorm) {
   const Table& table = active();
+  check_activation("dy", dy, 2);
+  check_features(dy);
+  check_adapter(dy.size(1), w_down, std::nullopt, w_up, std::nullopt, scale_vector);
+  check_vector("norm_weight", norm_weight, dy.size(1));
+  check_kept("z", z, dy, w_down.size(0));
+  if (norm_weight.has_value()) check_kept("s", s, dy, dy.size(1));
+  if (need_dweights && x.numel()) check_kept("x", x, dy, dy.size(1));
   BottleneckBackward p{};
   p.type = dtype_of(dy);
   p.rows = dy.size(0);
@@ -354,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
   const PackedWeight down_t = packed(table, w_down, p.type, Layout::plain);
   const Floats factors(scale_vector, p.type, false), weight(norm_weight, p.type, false);
   p.dy = data(dy);
-  p.x = x.size(0) == p.rows ? data(x) : nullptr;
+  p.x = data(x);
   p.z = data(z);
   p.z_stride = b;
   p.s = data(s);
@@ -396,6 +495,14 @@ std::vector<SlotBlock> slot_blocks(const Tensor& table, int64_t rows) {
   return blocks;
 }
 
+// One entry a slot in every list.
+void check_entries(int64_t slots, std::initializer_list<size_t> sizes) {
+  TORCH_CHECK_VALUE(slots >= 1, "norm_weights: got none; accepted is one for each of at least one slot");
+  for (const size_t size : sizes)
+    TORCH_CHECK_VALUE(static_cast<int64_t>(size) == slots, "slots: got a list of ", size, " beside one of ", slots,
+                      "; accepted is one entry a slot in each");
+}
+
 std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
     const Tensor& x, const OptionalTensor& residual, const Tensor& rows, const c10::List<OptionalTensor>& w_down,
     const c10::List<OptionalTensor>& b_down, const c10::List<OptionalTensor>& w_up,
@@ -404,12 +511,26 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
     const c10::List<bool>& skips, const c10::List<bool>& swaps, double eps, at::ArrayRef<double> dropout_p,
     const OptionalTensor& seed, bool save) {
   const Table& table = active();
+  check_activation("x", x, 2);
+  check_features(x);
+  check_like("residual", residual, x);
   const DType type = dtype_of(x);
   const int64_t count = x.size(0), hidden = x.size(1), slots = static_cast<int64_t>(norm_weights.size());
+  check_entries(slots, {w_down.size(), b_down.size(), w_up.size(), b_up.size(), scale_vectors.size(),
+                        norm_biases.size(), activations.size(), scales.size(), skips.size(), swaps.size(),
+                        dropout_p.size()});
+  check_rows(rows, count, slots);
+  check_epsilon(eps);
   int64_t widest = 0;
   for (int64_t i = 0; i < slots; ++i) {
-    const OptionalTensor down = w_down.get(i);
-    if (down.has_value()) widest = std::max(widest, down->size(0));
+    const OptionalTensor down = w_down.get(i), up = w_up.get(i);
+    check_norm(hidden, norm_weights[i], norm_biases[i]);
+    TORCH_CHECK_VALUE(residual.has_value() || (!swaps.get(i) && (down.has_value() || skips.get(i))),
+                      "residual: got None, but slot ", i, " reads it; accepted is a tensor of x's shape");
+    if (!down.has_value()) continue;
+    TORCH_CHECK_VALUE(up.has_value(), "w_up: got None with w_down; accepted are both or neither");
+    check_adapter(hidden, *down, b_down.get(i), *up, b_up.get(i), scale_vectors.get(i));
+    widest = std::max(widest, down->size(0));
   }
   const Tensor y = empty_like_type(x, {count, hidden});
   const Tensor z = save ? empty_like_type(x, {count, widest}) : empty_like_type(x, {0});
@@ -464,8 +585,26 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>
     const c10::List<bool>& swaps, double eps, at::ArrayRef<double> dropout_p, const OptionalTensor& seed, bool need_dx,
     bool need_dresidual, const c10::List<bool>& need_dweights, const c10::List<bool>& need_dnorm) {
   const Table& table = active();
+  check_activation("dy", dy, 2);
+  check_features(dy);
   const DType type = dtype_of(dy);
   const int64_t count = dy.size(0), hidden = dy.size(1), slots = static_cast<int64_t>(norm_weights.size());
+  check_entries(slots, {w_down.size(), w_up.size(), scale_vectors.size(), activations.size(), scales.size(),
+                        skips.size(), swaps.size(), dropout_p.size(), need_dweights.size(), need_dnorm.size()});
+  check_rows(rows, count, slots);
+  check_kept("s", s, dy, hidden);
+  TORCH_CHECK_VALUE(z.dim() == 2, "z: got shape ", z.sizes(), "; accepted is what the forward gave");
+  check_kept("z", z, dy, z.size(1));
+  for (const auto& [name, read] : {std::pair<const char*, const Tensor*>{"x", &x}, {"residual", &residual}})
+    if (read->numel()) check_kept(name, *read, dy, hidden);
+  for (int64_t i = 0; i < slots; ++i) {
+    const OptionalTensor down = w_down.get(i), up = w_up.get(i);
+    check_vector("norm_weight", norm_weights[i], hidden);
+    if (!down.has_value()) continue;
+    TORCH_CHECK_VALUE(up.has_value(), "w_up: got None with w_down; accepted are both or neither");
+    check_adapter(hidden, *down, std::nullopt, *up, std::nullopt, scale_vectors.get(i));
+    TORCH_CHECK_VALUE(down->size(0) <= z.size(1), "z: got shape ", z.sizes(), "; accepted is what the forward gave");
+  }
   auto activation_grad = [&](bool need) {
     return need ? empty_like_type(dy, {count, hidden}) : empty_like_type(dy, {0});
   };
@@ -512,8 +651,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>
     const OptionalTensor down = w_down.get(i), up = w_up.get(i);
     if (!down.has_value()) continue;
     p.b = down->size(0);
-    const Tensor& read = swaps.get(i) ? residual : x;
-    p.x = read.size(0) == count ? data(read) : nullptr;
+    p.x = data(swaps.get(i) ? residual : x);
     packs.push_back(packed(table, *up, type, Layout::plain));
     p.up_t = packs.back().view();
     packs.push_back(packed(table, *down, type, Layout::plain));
@@ -549,6 +687,11 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>
 std::tuple<Tensor, Tensor> add_norm_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& norm_weight,
                                             const Tensor& norm_bias, double eps, double dropout_p,
                                             const OptionalTensor& seed, bool save) {
+  check_activation("x", x, 2);
+  check_features(x);
+  check_like("residual", residual, x);
+  check_norm(x.size(1), norm_weight, norm_bias);
+  check_epsilon(eps);
   AddNormForward p{};
   p.type = dtype_of(x);
   p.rows = x.size(0);
@@ -574,6 +717,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy, c
                                                              const Tensor& s, const Tensor& norm_weight, double eps,
                                                              double dropout_p, const OptionalTensor& seed,
                                                              bool need_dx, bool need_dresidual, bool need_dnorm) {
+  check_activation("dy", dy, 2);
+  check_features(dy);
+  check_like("ds", ds, dy);
+  check_kept("s", s, dy, dy.size(1));
+  check_vector("norm_weight", norm_weight, dy.size(1));
   AddNormBackward p{};
   p.type = dtype_of(dy);
   p.rows = dy.size(0);
@@ -605,6 +753,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(const Tensor& dy, c
 }
 
 Tensor drop(const Tensor& x, double dropout_p, const Tensor& seed) {
+  check_activation("x", x, 2);
   Drop p{};
   p.type = dtype_of(x);
   p.rows = x.size(0);
@@ -622,6 +771,17 @@ Tensor drop(const Tensor& x, double dropout_p, const Tensor& seed) {
 
 Mix mix_of(const Tensor& sigma, const Tensor& t, const OptionalTensor& shift, int64_t count, double dropout_p,
            const OptionalTensor& seed) {
+  check_activation("sigma", sigma, 2);
+  check_activation("t", t, 2);
+  TORCH_CHECK_VALUE(count >= 1 && sigma.size(1) % count == 0 && t.scalar_type() == sigma.scalar_type() &&
+                        t.size(0) == sigma.size(0) && t.size(1) == sigma.size(1) + count,
+                    "sigma, t: got shapes ", sigma.sizes(), " and ", t.sizes(), " for ", count,
+                    " adapters; accepted are [T, N b] and [T, N b + N] of one dtype");
+  if (shift.has_value())
+    TORCH_CHECK_VALUE(shift->is_cpu() && shift->is_contiguous() && shift->scalar_type() == sigma.scalar_type() &&
+                          shift->dim() == 1 && shift->size(0) == sigma.size(0),
+                      "shift: got ", shift->toString(), " ", shift->sizes(), "; accepted is a contiguous [",
+                      sigma.size(0), "]");
   Mix p{};
   p.type = dtype_of(sigma);
   p.rows = sigma.size(0);
@@ -649,6 +809,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& dm, const Tensor& 
                                                 const OptionalTensor& shift, int64_t count, double dropout_p,
                                                 const OptionalTensor& seed) {
   Mix p = mix_of(sigma, t, shift, count, dropout_p, seed);
+  check_like("dm", dm, t);
   const Tensor dsigma = empty_like_type(sigma, sigma.sizes()), dt = empty_like_type(t, t.sizes());
   const Tensor dshift = empty_like_type(t, {shift.has_value() ? p.rows : 0});
   if (p.rows == 0) return {dsigma, dt, dshift};
@@ -660,15 +821,37 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& dm, const Tensor& 
   return {dsigma, dt, dshift};
 }
 
+void check_prefix(const Tensor& prefix, const Tensor& qkv) {
+  const int64_t dim = prefix.dim();
+  TORCH_CHECK_VALUE(prefix.is_cpu() && prefix.is_contiguous() && prefix.scalar_type() == qkv.scalar_type() &&
+                        (dim == 3 || (dim == 4 && prefix.size(0) == qkv.size(0))) && prefix.size(-3) == 2 &&
+                        prefix.size(-1) == qkv.size(2) / 3,
+                    "prefix: got ", prefix.toString(), " ", prefix.sizes(), "; accepted are contiguous [2, P, H] and ",
+                    "[B, 2, P, H] of qkv's dtype");
+}
+
 // Shared by both directions; `mask` keeps what the pointers of the result point into.
 Attention attention_of(const Tensor& qkv, const OptionalTensor& prefix, OptionalTensor& mask, int64_t heads,
                        double scale, double dropout_p, const OptionalTensor& seed) {
+  check_activation("qkv", qkv, 3);
   Attention p{};
   p.type = dtype_of(qkv);
   p.batch = qkv.size(0);
   p.length = qkv.size(1);
   p.heads = heads;
+  TORCH_CHECK_VALUE(heads >= 1 && qkv.size(2) % (3 * heads) == 0, "qkv: got shape ", qkv.sizes(),
+                    "; accepted is [B, S, 3H] with H a multiple of ", heads, " heads");
   p.head_dim = qkv.size(2) / 3 / heads;
+  if (prefix.has_value()) check_prefix(*prefix, qkv);
+  const int64_t keys = p.length + (prefix.has_value() ? prefix->size(-2) : 0);
+  TORCH_CHECK_VALUE(p.head_dim <= kMaxHeadDim && keys <= kMaxLength, "qkv: got ", keys, " keys and heads of ",
+                    p.head_dim, "; accepted are up to ", kMaxLength, " and ", kMaxHeadDim);
+  if (mask.has_value()) {
+    TORCH_CHECK_TYPE(mask->is_cpu() && (mask->scalar_type() == at::kBool || mask->is_floating_point()), "mask: got ",
+                     mask->toString(), "; accepted are bool and floating on the CPU");
+    TORCH_CHECK_VALUE(mask->sizes() == at::IntArrayRef({p.batch, heads, p.length, p.length}), "mask: got shape ",
+                      mask->sizes(), "; accepted is [", p.batch, ", ", heads, ", ", p.length, ", ", p.length, "]");
+  }
   p.qkv = data(qkv);
   if (prefix.has_value()) {
     p.prefix = data(*prefix);
@@ -705,6 +888,13 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& 
                                               double scale, double dropout_p, const OptionalTensor& seed) {
   OptionalTensor held = mask;
   Attention p = attention_of(qkv, prefix, held, heads, scale, dropout_p, seed);
+  check_activation("dout", dout, 3);
+  TORCH_CHECK_VALUE(dout.scalar_type() == qkv.scalar_type() && dout.size(0) == p.batch && dout.size(1) == p.length &&
+                        dout.size(2) == heads * p.head_dim,
+                    "dout: got ", dout.toString(), " ", dout.sizes(), "; accepted is what the forward gave");
+  TORCH_CHECK_VALUE(lse.is_cpu() && lse.scalar_type() == at::kFloat && lse.is_contiguous() &&
+                        lse.sizes() == at::IntArrayRef({p.batch, heads, p.length}),
+                    "lse: got ", lse.toString(), " ", lse.sizes(), "; accepted is what the forward gave");
   const Tensor dqkv = empty_like_type(qkv, qkv.sizes());
   const Tensor dprefix = prefix.has_value() ? empty_grad(prefix->sizes()) : empty_grad({0});
   if (dqkv.numel() == 0) {
@@ -751,4 +941,9 @@ TORCH_LIBRARY(fastadapt_cpu, m) {
   m.def("set_capability(str name) -> ()", [](std::string name) { set_active(name); });
   m.def("forget(Tensor[] tensors) -> int", [](at::TensorList tensors) { return forget(tensors); });
   m.def("release() -> int", []() { return release_all(); });
+  m.def("limits() -> (int features, int rank, int length, int head_dim)",
+        []() {
+          return std::make_tuple(fastadapt::kMaxFeatures, fastadapt::kMaxRank, fastadapt::kMaxLength,
+                                      fastadapt::kMaxHeadDim);
+        });
 }

@@ -101,6 +101,23 @@ def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callabl
     return kernel(serving(op, device_type, dtype, **facts), op)
 
 
+REFUSED = (RuntimeError, TypeError, ValueError)  # what a kernel that checks its arguments raises
+
+
+def native(x: torch.Tensor) -> ModuleType | None:
+    """The C++ kernels, where a call with ``x`` may go to them straight: inference on a CPU, no autocast, none forced.
+
+    They check what they are given, in no time, where Python's checks take as long as a small product. What they refuse
+    (:data:`REFUSED`) goes the common way, which serves it otherwise or says what is wrong.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:
+        return None
+    if _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
+        return None
+    module = _loaded.get("cpu") or load("cpu")
+    return module if isinstance(module, ModuleType) else None
+
+
 def choice(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> tuple[str, dict[str, str]]:
     """(the backend that :func:`pick` takes, {each faster backend: why it was refused}); for ``fa.explain``."""
     if _forced is not None:

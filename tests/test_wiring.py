@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -276,6 +277,49 @@ def test_chunked_feed_forward():
     model = make(chunk_size_feed_forward=2)
     stock = output(model)
     torch.testing.assert_close(output(fa.accelerate(model)), stock, **CLOSE)
+
+
+@pytest.mark.parametrize("model_class", SEQUENCE, ids=lambda c: c.__name__)
+def test_a_layer_called_alone_gives_what_the_original_gives(model_class):
+    model = make(model_class)
+    layer = getattr(model, model.base_model_prefix).encoder.layer[1]
+    original, x = type(layer), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        stock = layer(x)
+        fa.accelerate(model)
+        assert type(layer) is not original
+        ours = layer(x)
+        assert type(ours) is type(stock)
+        ours, stock = (y[0] if isinstance(y, tuple) else y for y in (ours, stock))
+        torch.testing.assert_close(ours, stock, **CLOSE)
+    assert type(fa.restore(model) and layer) is original
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "feed-forward", "class"])
+def test_what_stands_in_a_layer_is_called(what):
+    model = fa.accelerate(make())
+    layer, calls = model.bert.encoder.layer[1], []
+    stock = output(model)
+
+    def told(function):
+        @functools.wraps(function)
+        def tell(*args, **kwargs):
+            calls.append(what)
+            return function(*args, **kwargs)
+
+        return tell
+
+    if what == "hook":
+        layer.attention.register_forward_hook(lambda *_: calls.append(what))
+    elif what == "forward":
+        layer.attention.forward = told(layer.attention.forward)
+    elif what == "feed-forward":
+        layer.feed_forward_chunk = told(layer.feed_forward_chunk)
+    else:
+        kind = type(layer.attention)
+        layer.attention.__class__ = type("Told", (kind,), {"forward": told(kind.forward)})
+    torch.testing.assert_close(output(model), stock, **CLOSE)
+    assert calls == [what]
 
 
 @pytest.mark.skipif(V5, reason="transformers 5 prunes no heads")

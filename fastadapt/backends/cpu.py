@@ -24,10 +24,7 @@ torch.ops.load_library(str(_found[0]))
 if os.environ.get("FASTADAPT_CPU"):
     torch.ops.fastadapt_cpu.set_capability(os.environ["FASTADAPT_CPU"])
 
-_MAX_ATTENTION_LENGTH = 768
-_MAX_HEAD_DIM = 256
-_MAX_FEATURES = 16384
-_MAX_RANK = 768
+_MAX_FEATURES, _MAX_RANK, _MAX_ATTENTION_LENGTH, _MAX_HEAD_DIM = torch.ops.fastadapt_cpu.limits()
 
 bottleneck_forward = torch.ops.fastadapt.bottleneck_forward.default
 bottleneck_backward = torch.ops.fastadapt.bottleneck_backward.default

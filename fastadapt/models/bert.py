@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastadapt.models.wiring import Wiring
+from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
+    FusedLayer,
     FusedNorm,
     FusedOutput,
     FusedSelfAttention,
@@ -24,6 +25,13 @@ class FusedBertEmbeddings(FusedEmbeddings, hf.BertEmbeddings):
 
 class FusedBertEncoder(FusedEncoder, hf.BertEncoder):
     """Fused :class:`BertEncoder`."""
+
+
+class FusedBertLayer(FusedLayer, hf.BertLayer):
+    """Fused :class:`BertLayer`."""
+
+    attention_class = hf.BertAttention
+    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedBertSelfAttention(FusedSelfAttention, hf.BertSelfAttention):
@@ -59,6 +67,7 @@ _FUSED: dict[type, type] = {
     nn.LayerNorm: FusedNorm,
     nn.Dropout: FusedDropout,
     hf.BertEncoder: FusedBertEncoder,
+    hf.BertLayer: FusedBertLayer,
     hf.BertSelfAttention: FusedBertSelfAttention,
     hf.BertSelfOutput: FusedBertSelfOutput,
     hf.BertIntermediate: FusedBertIntermediate,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.electra import modeling_electra as hf
 
-from fastadapt.models.wiring import Wiring
+from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
+    FusedLayer,
     FusedNorm,
     FusedOutput,
     FusedSelfAttention,
@@ -24,6 +25,13 @@ class FusedElectraEmbeddings(FusedEmbeddings, hf.ElectraEmbeddings):
 
 class FusedElectraEncoder(FusedEncoder, hf.ElectraEncoder):
     """Fused :class:`ElectraEncoder`."""
+
+
+class FusedElectraLayer(FusedLayer, hf.ElectraLayer):
+    """Fused :class:`ElectraLayer`."""
+
+    attention_class = hf.ElectraAttention
+    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedElectraSelfAttention(FusedSelfAttention, hf.ElectraSelfAttention):
@@ -65,6 +73,7 @@ WIRING = Wiring(
         nn.LayerNorm: FusedNorm,
         nn.Dropout: FusedDropout,
         hf.ElectraEncoder: FusedElectraEncoder,
+        hf.ElectraLayer: FusedElectraLayer,
         hf.ElectraSelfAttention: FusedElectraSelfAttention,
         hf.ElectraSelfOutput: FusedElectraSelfOutput,
         hf.ElectraIntermediate: FusedElectraIntermediate,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.roberta import modeling_roberta as hf
 
-from fastadapt.models.wiring import Wiring
+from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
     FusedEmbeddings,
     FusedIntermediate,
+    FusedLayer,
     FusedNorm,
     FusedOutput,
     FusedSelfAttention,
@@ -24,6 +25,13 @@ class FusedRobertaEmbeddings(FusedEmbeddings, hf.RobertaEmbeddings):
 
 class FusedRobertaEncoder(FusedEncoder, hf.RobertaEncoder):
     """Fused :class:`RobertaEncoder`."""
+
+
+class FusedRobertaLayer(FusedLayer, hf.RobertaLayer):
+    """Fused :class:`RobertaLayer`."""
+
+    attention_class = hf.RobertaAttention
+    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedRobertaSelfAttention(FusedSelfAttention, hf.RobertaSelfAttention):
@@ -55,6 +63,7 @@ _FUSED: dict[type, type] = {
     nn.LayerNorm: FusedNorm,
     nn.Dropout: FusedDropout,
     hf.RobertaEncoder: FusedRobertaEncoder,
+    hf.RobertaLayer: FusedRobertaLayer,
     hf.RobertaSelfAttention: FusedRobertaSelfAttention,
     hf.RobertaSelfOutput: FusedRobertaSelfOutput,
     hf.RobertaIntermediate: FusedRobertaIntermediate,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import transformers
 from torch import nn
 from transformers import activations
 
@@ -33,6 +34,7 @@ for _kind, _name in (
 ):
     name_activation(_kind, _name)
 
+LAYERS_RETURN_TUPLES = int(transformers.__version__.partition(".")[0]) < 5
 _READ_ALL = ("qa_outputs",)  # heads whose softmax is over all positions
 _READ_FIRST = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")  # ends of class names
 
@@ -154,7 +156,7 @@ class Wiring:
     def fuse(self, model: nn.Module, base: nn.Module) -> None:
         """Give every sublayer its fused class; what is of an unknown class stays as it is."""
         dispatch.prepare()
-        for _, module in self.sublayers(base):
+        for module in (*(module for _, module in self.sublayers(base)), *self.layers_of(base)):
             fused = self.fused.get(type(module))
             if fused is not None:
                 module.__class__ = fused

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastadapt import ops
 from fastadapt.config import BottleneckConfig
 from fastadapt.modules.active import Active, Part
-from fastadapt.modules.plain import replaced
+from fastadapt.modules.plain import parameter, replaced
 from fastadapt.ops.activations import canonical
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Site(Part):
 
     def up_weight(self) -> Tensor:
         """W_up, [H, b]."""
-        return self.up.weight
+        return parameter(self._modules["up"], "weight")
 
     def ops(self, hidden: int) -> list[tuple[str, dict[str, int]]]:
         """The ops that run here after the sublayer's product, and the facts by which their backends are picked."""
@@ -150,7 +150,7 @@ class Site(Part):
             x: [B, S, H], the sublayer's input.
             norm: the LayerNorm that closes the sublayer.
         """
-        if self.down is None:
+        if self._modules.get("down") is None:
             return norm_of_sum(f, x, norm)[0]
         config = self.config
         outer = x if config.original_ln_after else None  # what joins the sum under the closing LayerNorm
@@ -195,18 +195,19 @@ class Site(Part):
         self, read: Tensor, *, skip: bool = False, joined: Tensor | None = None, norm: nn.Module | None = None
     ) -> Tensor:
         fused = norm is not None and replaced(norm, nn.LayerNorm) is None
+        down, up = self._modules["down"], self._modules["up"]
         y = ops.bottleneck(
             read,
-            self.down.weight,
-            self.down.bias,
+            parameter(down, "weight"),
+            parameter(down, "bias"),
             self.up_weight(),
-            self.up.bias,
+            parameter(up, "bias"),
             activation=self.activation,
             scale=self.scale,
             skip=skip,
             residual=joined,
-            norm_weight=norm.weight if fused else None,
-            norm_bias=norm.bias if fused else None,
+            norm_weight=parameter(norm, "weight") if fused else None,
+            norm_bias=parameter(norm, "bias") if fused else None,
             eps=norm.eps if fused else 1e-12,
             dropout_p=self.config.dropout if self.training else 0.0,
         )

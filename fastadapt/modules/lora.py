@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.modules.active import Active, Part
+from fastadapt.modules.plain import parameter
 from fastadapt.ops.schemas import accumulation_dtype
 
 
@@ -64,18 +65,12 @@ class LoRA(Part):
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r]."""
         own = self._modules
-        return _weight(own["lora_A"]), _weight(own["lora_B"])
+        return parameter(own["lora_A"], "weight"), parameter(own["lora_B"], "weight")
 
     def ratio(self, weight: Tensor) -> Tensor:
         """DoRA's m/‖W + s·BA‖, [out]; a gradient flows into m alone (arXiv:2402.09353, section 4.3)."""
         norm = row_norms(weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), self.scale)
         return self.lora_magnitude_vector / norm.to(self.lora_magnitude_vector.dtype)
-
-
-def _weight(linear: nn.Module) -> Tensor:
-    """``linear.weight``, past nn.Module's own lookup where it lies there: a routed batch asks hundreds of times."""
-    found = linear._parameters.get("weight")
-    return linear.weight if found is None else found
 
 
 def draw(a: Tensor, b: Tensor, init: str) -> None:

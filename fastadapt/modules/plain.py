@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 _READ_AS: dict[type, type] = {}  # a class of this library -> the plain class whose parameters its instances hold
 
@@ -13,6 +13,12 @@ def reads_as(kind: type[nn.Module], plain: type[nn.Module]) -> None:
     Where ``kind`` has a method ``refusal``, that says why one of them cannot be.
     """
     _READ_AS[kind] = plain
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name``, past nn.Module's own lookup where it lies there: these are asked for in every forward."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def replaced(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastadapt import ops
 from fastadapt.modules.active import Active
 from fastadapt.modules.peer import terms_of
+from fastadapt.modules.plain import parameter
 from fastadapt.modules.routed import Routed
 from fastadapt.ops.activations import activate
 
@@ -39,22 +40,31 @@ def project(
         if any(active.touches(name) for name in linears):
             return active.project(x, linears, activation, dropout_p)
         active = None
-    weights, theirs = [m.weight for m in linears.values()], terms_of(linears.values())
-    if active is None:
-        biases = [m.bias for m in linears.values()]
-        return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=theirs)
-    biases = [active.bias(name, m.bias) for name, m in linears.items()]
-    parts = [(i, part) for i, name in enumerate(linears) for part in active.loras.get(name, ())]
-    if any(part.lora_magnitude_vector is not None for _, part in parts):
-        y = _with_magnitudes(x, weights, biases, parts)
-        return ops.drop(activate(activation, y), dropout_p)
-    loras = [_term(part, i) for i, part in parts] + theirs
+    weights = [parameter(m, "weight") for m in linears.values()]
+    biases = [parameter(m, "bias") for m in linears.values()]
+    loras: ops.LowRanks | tuple[()] = ()
+    if active is not None:
+        if active.biases:
+            biases = [active.bias(name, own) for name, own in zip(linears, biases, strict=True)]
+        if active.loras:
+            parts = [(i, part) for i, name in enumerate(linears) for part in active.loras.get(name, ())]
+            if any(part.lora_magnitude_vector is not None for _, part in parts):
+                y = _with_magnitudes(x, weights, biases, parts)
+                return ops.drop(activate(activation, y), dropout_p)
+            loras = _terms(parts)
+    theirs = terms_of(linears.values())
+    if theirs:
+        loras = (loras or ops.LowRanks()).extend(theirs)
     return ops.linear(x, weights, biases, activation=activation, dropout_p=dropout_p, loras=loras)
 
 
-def _term(part: LoRA, weight: int) -> ops.LowRank:
-    """What ``part`` adds to weight number ``weight`` of the op."""
-    return ops.LowRank(*part.matrices(), part.scale, weight, dropout_p=part.dropout_p())
+def _terms(parts: Iterable[tuple[int, LoRA]]) -> ops.LowRanks:
+    """What every part adds to the weight of its number."""
+    loras = ops.LowRanks()
+    for i, part in parts:
+        a, b = part.matrices()
+        loras.add(a, b, part.scale, i, dropout_p=part.dropout_p())
+    return loras
 
 
 def _with_magnitudes(
@@ -67,7 +77,7 @@ def _with_magnitudes(
     """
     doras = {i: part for i, part in parts if part.lora_magnitude_vector is not None}
     steady = {i for i, part in doras.items() if part.dropout_p() == 0.0}
-    terms = [_term(part, i) for i, part in parts if i not in doras or i in steady]
+    terms = _terms((i, part) for i, part in parts if i not in doras or i in steady)
     product = ops.linear(x, weights, [None if i in steady else b for i, b in enumerate(biases)], loras=terms)
     columns = list(product.split([w.shape[0] for w in weights], dim=-1))
     for i, part in doras.items():

@@ -51,6 +51,16 @@ def attention(
         TypeError: an argument has a dtype that is not accepted.
         ValueError: shapes or devices do not fit together, or ``dropout_p`` is no probability.
     """
+    kernels = dispatch.native(qkv)
+    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
+        try:
+            batch, length, width = qkv.shape
+            factor = (width // 3 // heads) ** -0.5 if scale is None else scale
+            seen = None if mask is None else mask.expand(batch, heads, length, length)
+            before = _cast(prefix, qkv.dtype)
+            return kernels.attention_forward(qkv, before, seen, heads, factor, 0.0, None, False)[0]
+        except dispatch.REFUSED:
+            pass  # it is served below, or refused with a reason
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
         raise ValueError(

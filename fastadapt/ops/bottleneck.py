@@ -61,6 +61,18 @@ def bottleneck(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
+    kernels = dispatch.native(x)
+    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
+        try:
+            flat = x.view(-1, x.shape[-1])
+            beside = None if residual is None else checks.flat_like(residual, x)
+            factor, vector = (1.0, scale.expand(x.shape[-1])) if isinstance(scale, Tensor) else (scale, None)
+            return kernels.bottleneck_forward(
+                flat, w_down, b_down, w_up, b_up, canonical(activation), factor, vector, skip, beside, norm_weight,
+                norm_bias, eps, 0.0, None, False,
+            )[0].view_as(x)  # fmt: skip
+        except dispatch.REFUSED:
+            pass  # it is served below, or refused with a reason
     checks.floating("x", x)
     if x.dim() < 1:
         raise ValueError("x: got a 0-d tensor; accepted is [..., H]")

@@ -86,6 +86,12 @@ def bottleneck_rows(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
+    kernels = dispatch.native(x)
+    if kernels is not None and not any(slot.dropout_p for slot in slots):
+        try:
+            return _inferred(kernels, x, slots, rows, residual, eps)
+        except dispatch.REFUSED:
+            pass  # it is served below, or refused with a reason
     checks.floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is [B, ..., H]")
@@ -116,6 +122,20 @@ def bottleneck_rows(
     else:
         y, _, _ = _forward(flat, flat_residual, rows, how, parameters, save=False)
     return y.view(x.shape)
+
+
+def _inferred(kernels, x, slots, rows, residual, eps):
+    """:func:`bottleneck_rows` by kernels that check what they are given."""
+    if rows.shape != x.shape[:1]:
+        raise ValueError("rows that are not the batch's")
+    flat = x.view(-1, x.shape[-1])
+    beside = None if residual is None else checks.flat_like(residual, x)
+    w_down, b_down, w_up, b_up, vectors, norm_weights, norm_biases = zip(*(s.tensors() for s in slots), strict=True)
+    return kernels.bottleneck_rows_forward(
+        flat, beside, rows, w_down, b_down, w_up, b_up, _expanded(vectors, x.shape[-1]), norm_weights, norm_biases,
+        [canonical(s.activation) for s in slots], [1.0 if isinstance(s.scale, Tensor) else s.scale for s in slots],
+        [s.skip for s in slots], [s.swap for s in slots], eps, [0.0] * len(slots), None, False,
+    )[0].view_as(x)  # fmt: skip
 
 
 def _check(n: int, slot: Slot, hidden: int, residual: bool, device: torch.device) -> None:

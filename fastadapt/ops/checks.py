@@ -35,6 +35,13 @@ def like(name: str, x: Tensor | None, reference: Tensor) -> None:
         shape(name, x, tuple(reference.shape), reference.device)
 
 
+def flat_like(residual: Tensor, x: Tensor) -> Tensor:
+    """What goes beside x as [T, H], for a kernel that checks the rest."""
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: got shape {tuple(residual.shape)}; accepted is {tuple(x.shape)}")
+    return residual.view(-1, x.shape[-1])
+
+
 def rows(table: Tensor | None, x: Tensor, slot_count: int) -> None:
     """The table that gives every batch row of x [B, ..., K] its slot; None passes."""
     if table is None:

@@ -48,9 +48,15 @@ def linear(
     Returns:
         [..., ΣN_i] in x's dtype, or in autocast's where autocast is on.
     """
-    checks.floating("x", x)
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] if bias is None or isinstance(bias, Tensor) else list(bias)
+    kernels = dispatch.native(x)
+    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
+        try:
+            return _inferred(kernels, x, weights, biases, canonical(activation), loras, rows)
+        except dispatch.REFUSED:
+            pass  # it is served below, or refused with a reason
+    checks.floating("x", x)
     if len(biases) == 1 and biases[0] is None:
         biases = [None] * len(weights)
     if not weights or not biases or len(biases) % len(weights) or (rows is None and len(weights) != len(biases)):
@@ -87,6 +93,22 @@ def linear(
     else:
         kernel = dispatch.pick("linear_forward", x.device.type, dtype, features=x.shape[-1])
         y, _ = kernel(flat, weights, biases, *options, False)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _inferred(kernels, x, weights, biases, activation, loras, rows):
+    """:func:`linear` by kernels that check what they are given."""
+    flat = x.view(-1, x.shape[-1])
+    if rows is None and not loras:
+        y = kernels.linear_forward(flat, weights, biases, activation, 0.0, None, False)[0]
+    else:
+        loras = loras if isinstance(loras, LowRanks) else LowRanks().extend(loras)
+        if any(loras.dropout_p) or (rows is not None and rows.shape != x.shape[:1]):
+            raise ValueError("a dropout, or rows that are not the batch's")
+        y = kernels.lora_forward(
+            flat, weights, biases, loras.a, loras.b, loras.scales, loras.weights, loras.slots, rows, loras.dropout_p,
+            None, activation, 0.0, None, False,
+        )[0]  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

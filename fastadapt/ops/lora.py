@@ -64,16 +64,29 @@ class LowRanks:
         lists = (self.a, self.b, self.scales, self.weights, self.slots, self.dropout_p, self.seeds)
         return LowRank(*(values[n] for values in lists))
 
+    def add(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        weight: int,
+        slot: int = 0,
+        dropout_p: float = 0.0,
+        seed: int | Tensor | None = None,
+    ) -> None:
+        """Append one, its fields as in :class:`LowRank`."""
+        self.a.append(a)
+        self.b.append(b)
+        self.scales.append(scale)
+        self.weights.append(weight)
+        self.slots.append(slot)
+        self.dropout_p.append(dropout_p)
+        self.seeds.append(seed)
+
     def extend(self, loras: Iterable[LowRank]) -> LowRanks:
         """Append ``loras``, in their order; returns itself."""
         for m in loras:
-            self.a.append(m.a)
-            self.b.append(m.b)
-            self.scales.append(m.scale)
-            self.weights.append(m.weight)
-            self.slots.append(m.slot)
-            self.dropout_p.append(m.dropout_p)
-            self.seeds.append(m.seed)
+            self.add(m.a, m.b, m.scale, m.weight, m.slot, m.dropout_p, m.seed)
         return self
 
 
