@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <deque>
 
-#include "arguments.h"
+#include "cpu/arguments.h"
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pack_cache.h"
@@ -844,8 +844,8 @@ Attention attention_of(const Tensor& qkv, const OptionalTensor& prefix, Optional
   p.head_dim = qkv.size(2) / 3 / heads;
   if (prefix.has_value()) check_prefix(*prefix, qkv);
   const int64_t keys = p.length + (prefix.has_value() ? prefix->size(-2) : 0);
-  TORCH_CHECK_VALUE(p.head_dim <= kMaxHeadDim && keys <= kMaxLength, "qkv: got ", keys, " keys and heads of ",
-                    p.head_dim, "; accepted are up to ", kMaxLength, " and ", kMaxHeadDim);
+  TORCH_CHECK_VALUE(p.head_dim <= kMaxHeadDim && keys <= kMaxAttentionLength, "qkv: got ", keys, " keys and heads of ",
+                    p.head_dim, "; accepted are up to ", kMaxAttentionLength, " and ", kMaxHeadDim);
   if (mask.has_value()) {
     TORCH_CHECK_TYPE(mask->is_cpu() && (mask->scalar_type() == at::kBool || mask->is_floating_point()), "mask: got ",
                      mask->toString(), "; accepted are bool and floating on the CPU");
@@ -941,9 +941,8 @@ TORCH_LIBRARY(fastadapt_cpu, m) {
   m.def("set_capability(str name) -> ()", [](std::string name) { set_active(name); });
   m.def("forget(Tensor[] tensors) -> int", [](at::TensorList tensors) { return forget(tensors); });
   m.def("release() -> int", []() { return release_all(); });
-  m.def("limits() -> (int features, int rank, int length, int head_dim)",
-        []() {
-          return std::make_tuple(fastadapt::kMaxFeatures, fastadapt::kMaxRank, fastadapt::kMaxLength,
-                                      fastadapt::kMaxHeadDim);
-        });
+  m.def("limits() -> (int features, int rank, int length, int head_dim)", []() {
+    using namespace fastadapt::cpu;
+    return std::make_tuple(kMaxFeatures, kMaxRank, kMaxAttentionLength, kMaxHeadDim);
+  });
 }

@@ -40,10 +40,11 @@ WeightType weight_type(const Tensor& w) {
 // s * B A of every matrix, ready for the kernels.
 class Updates {
  public:
-  Updates(at::TensorList a, at::TensorList b, at::ArrayRef<double> scales) {
+  Updates(at::TensorList weights, at::TensorList a, at::TensorList b, at::ArrayRef<double> scales) {
     int64_t size = 0;
     for (size_t i = 0; i < a.size(); ++i) {
       MergePack p{};
+      p.type = weight_type(weights[i]);
       const Tensor& x = sources_.emplace_back(readable(a[i]));
       p.a_type = type_of(x);
       p.a = x.const_data_ptr();
@@ -382,7 +383,7 @@ Residues remerge(at::TensorList weights, at::TensorList old_a, at::TensorList ol
   const at::AutoDispatchBelowADInplaceOrView guard;
   Residues out;
   auto& [codes, index, bits, refused] = out;
-  Updates old_update(old_a, old_b, old_scales), update(a, b, scales);
+  Updates old_update(weights, old_a, old_b, old_scales), update(weights, a, b, scales);
   int64_t culprit = old_update.pack(active());
   if (culprit < 0) culprit = update.pack(active());
   if (culprit < 0) {

@@ -207,6 +207,7 @@ struct MergeEntry {
 };
 
 struct MergePack {  // panels = a [rank, cols] in panels of 64 columns, t = scale * b [rows, rank]
+  WeightType type;  // of the weights that they are for
   DType a_type, b_type;
   int64_t rows, cols, rank;
   const void *a, *b;
@@ -226,8 +227,8 @@ struct MergeRows {  // w += t a or w -= t a, rounded once
 };
 
 constexpr int64_t kPanel = 32;
-constexpr int64_t kMaxAttentionLength = 768;
-constexpr int64_t kMaxHeadDim = 256;
+// The largest that the kernels serve; backends/cpu.py asks for them.
+constexpr int64_t kMaxFeatures = 16384, kMaxRank = 768, kMaxAttentionLength = 768, kMaxHeadDim = 256;
 constexpr int kMaxPasses = 512;  // passes of 128 words or more: 65,536 floats of k
 
 struct Table {

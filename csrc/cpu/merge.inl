@@ -1,6 +1,6 @@
 // W += d or W -= d over some rows of a matrix, d = t A with t = scale * b: the sum of fastadapt/ops/merge.py, in its
 // order. A stands packed in panels of 64 columns, [panel][k][64], padded with zeros, so that a tile reads it in one
-// stream whatever the matrix's width.
+// stream whatever the matrix's width; for bfloat16 weights in the order of their pairs, see there.
 
 // Denormals count: a caller that flushes them would get other bits than another thread.
 class IeeeFloats {
@@ -98,19 +98,6 @@ struct Sixteen {
     std::memcpy(p, &h, sizeof h);
   }
 };
-struct Brain : Sixteen {
-  static FA_INLINE F value(U raw) { return (F)(raw << 16); }
-  // In integers, because the conversion instruction flushes denormals. A NaN here has no low bits set that could carry.
-  static FA_INLINE U narrow(F v) {
-#if FA_WIDTH == 16
-    const __m512i u = (__m512i)v, half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
-    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
-    return (U)_mm512_srli_epi32(_mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1)), 16);
-#else
-    return ((U)v + (0x7fffu + (((U)v >> 16) & 1u))) >> 16;
-#endif
-  }
-};
 struct Half : Sixteen {
 #if FA_WIDTH == 16
   static FA_INLINE F value(U raw) { return (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)raw)); }
@@ -162,24 +149,44 @@ constexpr int kMergeVectors = 4;                      // of a tile's row
 constexpr int kMergeRows = FA_WIDTH == 16 ? 4 : 2;    // of a tile: as many sums as registers hold
 constexpr int64_t kMergeFirstLevel = 24 << 10;        // bytes of A that stay in the first-level cache
 
-// The weights of one row of a tile whose difference is not in a byte.
-inline __attribute__((noinline)) int64_t list_large(const U* raw, const I* code, int64_t n, int64_t index,
-                                                    MergeEntry* out) {
+// The weights of one row of a tile, n from `index` on, whose difference is not in a byte.
+template <class Word, class Code>
+__attribute__((noinline)) int64_t list_large(const Word* raw, const Code* code, int64_t n, int64_t index,
+                                             MergeEntry* out) {
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t c = code[i / W][i % W];
-    if (c < -128 || c > 127) out[count++] = {static_cast<uint32_t>(index + i), raw[i / W][i % W]};
-  }
+  for (int64_t i = 0; i < n; ++i)
+    if (code[i] < -128 || code[i] > 127) out[count++] = {static_cast<uint32_t>(index + i), raw[i]};
   return count;
 }
 
-enum class MergeStep { in_exact, in, out_exact, out };
+// A row of codes of a tile. Nobody reads them soon, and a whole line of them need not be fetched before it is written.
+template <bool Whole>
+FA_INLINE void store_codes(int8_t* to, const I8 (&codes)[kMergeVectors], int64_t n) {
+#if FA_WIDTH == 16
+  if (Whole && (reinterpret_cast<uintptr_t>(to) & 63) == 0) {
+    __m512i line = _mm512_castsi128_si512((__m128i)codes[0]);
+    line = _mm512_inserti32x4(line, (__m128i)codes[1], 1);
+    line = _mm512_inserti32x4(line, (__m128i)codes[2], 2);
+    line = _mm512_inserti32x4(line, (__m128i)codes[3], 3);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+    return;
+  }
+#endif
+  std::memcpy(to, codes, static_cast<size_t>(Whole ? sizeof codes : n));
+}
 
-// One tile: Rows rows of the n <= kMergeVectors * W columns from `col`.
-template <class Store, MergeStep Step, int Rows, bool Whole>
-FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, int64_t n) {
-  using Word = typename Store::Word;
-  F d[Rows][kMergeVectors] = {};
+// Asks for the `bytes` of a row that comes next: the hardware loses track of rows that end after a group of panels.
+FA_INLINE void ask_for(const void* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 1);
+}
+// How far the rows that come after these of a tile lie ahead; 0 at the end.
+FA_INLINE int64_t next_rows(const MergeRows& p, int64_t row, int64_t rows) {
+  return row + 2 * rows <= p.rows ? rows * p.cols : 0;
+}
+
+// d = t A of a tile.
+template <int Rows>
+FA_INLINE void merge_product(const MergeRows& p, const float* a, int64_t row, F (&d)[Rows][kMergeVectors]) {
   const float* t = p.t + row * p.rank;
   for (int64_t k = 0; k < p.rank; ++k) {
     F x[kMergeVectors];
@@ -192,6 +199,17 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
       for (int v = 0; v < kMergeVectors; ++v) d[i][v] = fma1(factor, x[v], d[i][v]);
     }
   }
+}
+
+enum class MergeStep { in_exact, in, out_exact, out };
+
+// One tile: Rows rows of the n <= kMergeVectors * W columns from `col`.
+template <class Store, MergeStep Step, int Rows, bool Whole>
+FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, int64_t n) {
+  using Word = typename Store::Word;
+  F d[Rows][kMergeVectors] = {};
+  merge_product<Rows>(p, a, row, d);
+  const int64_t ahead = next_rows(p, row, Rows);
   F broken = {};
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
@@ -200,6 +218,9 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
     int8_t* bytes = p.codes + at;
     U raws[kMergeVectors], large = {};
     I codes[kMergeVectors];
+    I8 packed[kMergeVectors];
+    ask_for(w + ahead, kMergeVectors * W * static_cast<int64_t>(sizeof(Word)));
+    if (Step == MergeStep::out_exact) ask_for(bytes + ahead, kMergeVectors * W);
 #pragma GCC unroll 4
     for (int v = 0; v < kMergeVectors; ++v) {
       const int64_t left = Whole ? W : std::clamp<int64_t>(n - v * W, 0, W);
@@ -211,8 +232,7 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
         broken = broken + merged * 0.0f;  // NaN once one is not finite
         if constexpr (Step == MergeStep::in_exact) {
           const I code = (I)(raw - Store::narrow(merged - d[i][v]));
-          const I8 byte = low_bytes(code);
-          std::memcpy(bytes + v * W, &byte, static_cast<size_t>(left));
+          packed[v] = low_bytes(code);
           raws[v] = raw;
           codes[v] = code;
           large = large | ((U)code + 128u);
@@ -229,18 +249,152 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
         store_raw<Store>(w + v * W, back, left);
       }
     }
-    if constexpr (Step == MergeStep::in_exact)
+    if constexpr (Step == MergeStep::in_exact) {
+      store_codes<Whole>(bytes, packed, n);
       if (__builtin_expect(any_of(large & ~255u), 0)) {
-        U raw[kMergeVectors];  // copies, so that the common path keeps its own in registers
-        I code[kMergeVectors];
-        for (int v = 0; v < kMergeVectors; ++v) {
-          raw[v] = raws[v];
-          code[v] = codes[v];
-        }
+        uint32_t raw[kMergeVectors * W];  // copies, so that the common path keeps its own in registers
+        int32_t code[kMergeVectors * W];
+        std::memcpy(raw, raws, sizeof raw);
+        std::memcpy(code, codes, sizeof code);
         p.count += list_large(raw, code, n, at, p.listed + p.count);
       }
+    }
   }
   return broken;
+}
+
+// -- bfloat16: two weights a word --------------------------------------------------------------------------------
+
+// A word has an even column in its lower half and the odd one after it in its upper, so that nothing crosses lanes on
+// its way between 16 and 32 bits; panels have the even columns of every two vectors before the odd ones.
+constexpr uint32_t kUpper = 0xffff0000u;
+typedef uint16_t Pairs __attribute__((vector_size(4 * FA_WIDTH)));
+typedef int8_t PairBytes __attribute__((vector_size(2 * FA_WIDTH)));
+
+// v rounded to the nearest bfloat16, ties to even, in the upper half of a word; the lower half has no meaning. In
+// integers, because the conversion instruction flushes denormals. A NaN here has no low bits set that could carry.
+FA_INLINE U rounded_up(F v) {
+#if FA_WIDTH == 16
+  const __m512i u = (__m512i)v, half = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  return (U)_mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+#else
+  return (U)v + (0x7fffu + (((U)v >> 16) & 1u));
+#endif
+}
+FA_INLINE U joined(U even, U odd) { return (even >> 16) | (odd & kUpper); }
+FA_INLINE U load_pairs(const uint16_t* p, int64_t n) {
+  U v = {};
+  std::memcpy(&v, p, static_cast<size_t>(2 * n));
+  return v;
+}
+FA_INLINE PairBytes low_bytes(Pairs v) {
+#if FA_WIDTH == 16
+  return (PairBytes)_mm512_cvtepi16_epi8((__m512i)v);
+#elif FA_WIDTH == 8
+  const __m256i low = (__m256i)(v & 0xff), both = _mm256_packus_epi16(low, low);
+  return (PairBytes)_mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08));
+#else
+  return __builtin_convertvector(v, PairBytes);
+#endif
+}
+FA_INLINE Pairs from_bytes(PairBytes v) {
+#if FA_WIDTH == 16
+  return (Pairs)_mm512_cvtepi8_epi16((__m256i)v);
+#elif FA_WIDTH == 8
+  return (Pairs)_mm256_cvtepi8_epi16((__m128i)v);
+#else
+  typedef int16_t Signed __attribute__((vector_size(4 * FA_WIDTH)));
+  return (Pairs)__builtin_convertvector(v, Signed);
+#endif
+}
+
+template <bool Whole>
+FA_INLINE void store_codes(int8_t* to, const PairBytes (&codes)[kMergeVectors / 2], int64_t n) {
+#if FA_WIDTH == 16
+  if (Whole && (reinterpret_cast<uintptr_t>(to) & 63) == 0) {
+    const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)codes[0]), (__m256i)codes[1], 1);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+    return;
+  }
+#endif
+  std::memcpy(to, codes, static_cast<size_t>(Whole ? sizeof codes : n));
+}
+
+// merge_tile in bfloat16. Differences are taken in 16 bits: those of finite weights are not so large that they would
+// come out as another byte.
+template <MergeStep Step, int Rows, bool Whole>
+FA_INLINE F merge_tile_pairs(MergeRows& p, const float* a, int64_t row, int64_t col, int64_t n) {
+  F d[Rows][kMergeVectors] = {};
+  merge_product<Rows>(p, a, row, d);
+  const int64_t ahead = next_rows(p, row, Rows);
+  F broken = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t at = (row + i) * p.cols + col;
+    uint16_t* w = static_cast<uint16_t*>(p.w) + at;
+    int8_t* bytes = p.codes + at;
+    U raws[kMergeVectors / 2];
+    Pairs codes[kMergeVectors / 2], large = {};
+    PairBytes packed[kMergeVectors / 2];
+    ask_for(w + ahead, kMergeVectors * W * 2);
+    if (Step == MergeStep::out_exact) ask_for(bytes + ahead, kMergeVectors * W);
+#pragma GCC unroll 2
+    for (int v = 0; v < kMergeVectors / 2; ++v) {
+      const int64_t left = Whole ? 2 * W : std::clamp<int64_t>(n - v * 2 * W, 0, 2 * W);
+      const F d_even = d[i][2 * v], d_odd = d[i][2 * v + 1];
+      const U raw = load_pairs(w + v * 2 * W, left);
+      const F even = (F)(raw << 16), odd = (F)(raw & kUpper);
+      U after;
+      if constexpr (Step == MergeStep::in || Step == MergeStep::in_exact) {
+        const U up_even = rounded_up(even + d_even), up_odd = rounded_up(odd + d_odd);
+        after = joined(up_even, up_odd);
+        const F merged_even = (F)(up_even & kUpper), merged_odd = (F)(up_odd & kUpper);
+        broken = broken + merged_even * 0.0f;  // NaN once one is not finite
+        broken = broken + merged_odd * 0.0f;
+        if constexpr (Step == MergeStep::in_exact) {
+          const U back = joined(rounded_up(merged_even - d_even), rounded_up(merged_odd - d_odd));
+          raws[v] = raw;
+          codes[v] = (Pairs)raw - (Pairs)back;
+          packed[v] = low_bytes(codes[v]);
+          large = large | (codes[v] + 128);
+        }
+      } else {
+        const U up_even = rounded_up(even - d_even), up_odd = rounded_up(odd - d_odd);
+        after = joined(up_even, up_odd);
+        if constexpr (Step == MergeStep::out_exact) {
+          PairBytes byte = {};
+          std::memcpy(&byte, bytes + v * 2 * W, static_cast<size_t>(left));
+          after = (U)((Pairs)after + from_bytes(byte));
+        } else {
+          broken = broken + (F)(up_even & kUpper) * 0.0f;
+          broken = broken + (F)(up_odd & kUpper) * 0.0f;
+        }
+      }
+      std::memcpy(w + v * 2 * W, &after, static_cast<size_t>(2 * left));
+    }
+    if constexpr (Step == MergeStep::in_exact) {
+      store_codes<Whole>(bytes, packed, n);
+      if (__builtin_expect(any_of((U)(large & 0xff00)), 0)) {
+        uint16_t raw[kMergeVectors * W];  // copies, so that the common path keeps its own in registers
+        int16_t code[kMergeVectors * W];
+        std::memcpy(raw, raws, sizeof raw);
+        std::memcpy(code, codes, sizeof code);
+        p.count += list_large(raw, code, n, at, p.listed + p.count);
+      }
+    }
+  }
+  return broken;
+}
+
+struct Brain {};  // a weight's storage, as Single and Half, that tiles of pairs serve
+
+template <class Store, MergeStep Step, int Rows, bool Whole>
+FA_INLINE F merge_one(MergeRows& p, const float* a, int64_t row, int64_t col, int64_t n) {
+  if constexpr (std::is_same_v<Store, Brain>)
+    return merge_tile_pairs<Step, Rows, Whole>(p, a, row, col, n);
+  else
+    return merge_tile<Store, Step, Rows, Whole>(p, a, row, col, n);
 }
 
 // As many panels at a time as the first-level cache holds of A, over all rows.
@@ -257,9 +411,9 @@ bool merge_pass(MergeRows& p) {
       for (int64_t col = begin; col < end; col += kMergeVectors * W) {
         const float* a = p.a + col / kMergePanel * p.rank * kMergePanel + col % kMergePanel;
         if (end - col >= kMergeVectors * W)
-          broken = broken + merge_tile<Store, Step, count, true>(p, a, row, col, kMergeVectors * W);
+          broken = broken + merge_one<Store, Step, count, true>(p, a, row, col, kMergeVectors * W);
         else
-          broken = broken + merge_tile<Store, Step, count, false>(p, a, row, col, end - col);
+          broken = broken + merge_one<Store, Step, count, false>(p, a, row, col, end - col);
       }
       row += count;
     };
@@ -296,20 +450,24 @@ bool scaled_floats(const T* src, int64_t n, float scale, float* dst) {
   return !any_of((U)(broken != broken));
 }
 template <class T>
-bool merge_panels(const T* a, int64_t rank, int64_t cols, float* dst) {
+bool merge_panels(const T* a, int64_t rank, int64_t cols, bool pairs, float* dst) {
   bool finite = true;
+  float row[kMergePanel];
   for (int64_t col = 0; col < cols; col += kMergePanel)
     for (int64_t k = 0; k < rank; ++k, dst += kMergePanel) {
       const int64_t n = std::min(kMergePanel, cols - col);
-      if (n < kMergePanel) std::memset(dst, 0, sizeof(float) * kMergePanel);
-      finite &= scaled_floats(a + k * cols + col, n, 1.0f, dst);
+      float* const to = pairs ? row : dst;
+      if (n < kMergePanel) std::memset(to, 0, sizeof(float) * kMergePanel);
+      finite &= scaled_floats(a + k * cols + col, n, 1.0f, to);
+      for (int64_t i = 0; pairs && i < kMergePanel; ++i) dst[i / (2 * W) * 2 * W + i % 2 * W + i % (2 * W) / 2] = row[i];
     }
   return finite;
 }
 inline bool merge_pack(const MergePack& p) {
   const IeeeFloats guard;
-  const bool a = p.a_type == DType::f32 ? merge_panels((const float*)p.a, p.rank, p.cols, p.panels)
-                                        : merge_panels((const bf16*)p.a, p.rank, p.cols, p.panels);
+  const bool pairs = p.type == WeightType::bf16;
+  const bool a = p.a_type == DType::f32 ? merge_panels((const float*)p.a, p.rank, p.cols, pairs, p.panels)
+                                        : merge_panels((const bf16*)p.a, p.rank, p.cols, pairs, p.panels);
   const bool b = p.b_type == DType::f32 ? scaled_floats((const float*)p.b, p.rows * p.rank, p.scale, p.t)
                                         : scaled_floats((const bf16*)p.b, p.rows * p.rank, p.scale, p.t);
   return a && b;

@@ -6,12 +6,11 @@
 #include <cmath>
 #include <optional>
 
-namespace fastadapt {
+#include "kernels.h"
+
+namespace fastadapt::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-// The sizes that the CPU kernels serve; backends/cpu.py asks for them.
-constexpr int64_t kMaxFeatures = 16384, kMaxRank = 768, kMaxLength = 768, kMaxHeadDim = 256;
 
 inline void check_floating(const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(t.is_floating_point() && t.is_cpu() && t.layout() == at::kStrided, name, ": got ", t.toString(),
@@ -71,4 +70,4 @@ inline void check_probability(const char* name, double p) {
   TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, name, ": got ", p, "; accepted is a probability from 0 to 1");
 }
 
-}  // namespace fastadapt
+}  // namespace fastadapt::cpu
