@@ -19,7 +19,8 @@ class Variant:
     Attributes:
         label: what the table calls it.
         method, size: of ``fastadapt train``.
-        rates: learning rates that ``--find-rates`` tries; of full fine-tuning BERT's largest and the next two.
+        rates: learning rates that ``--find-rates`` tries; of full fine-tuning BERT's largest, half of it, and the next
+            two.
         peer: whose step is timed beside ours, one of :data:`fastadapt.bench.peers.PEERS`; ``"stock"`` trains the same
             parameters in a stock model; None where nobody has the method.
         bench: the method in :mod:`fastadapt.bench`, and the fields of its case.
@@ -55,14 +56,14 @@ def _houlsby(b: int, rate_of: str | None = None) -> Variant:
 
 _MAM = {"prefix": fa.PrefixConfig(length=16), "parallel": fa.ParallelConfig(bottleneck=16, scale=2.0)}  # He's for GLUE
 VARIANTS: dict[str, Variant] = {
-    "full": Variant("full fine-tuning", "full", rates=(5e-5, 1e-4, 2e-4), epochs=5),
+    "full": Variant("full fine-tuning", "full", rates=(2.5e-5, 5e-5, 1e-4, 2e-4), epochs=5),
     "head": Variant("head only", "head", rates=(1e-3, 3e-3, 1e-2, 3e-2), peer="stock"),
     "houlsby-8": _houlsby(8, "houlsby-64"),
     "houlsby-64": _houlsby(64),
     "houlsby-128": _houlsby(128, "houlsby-64"),
     "pfeiffer": Variant("Pfeiffer b=H/16", "pfeiffer", Size(fields=ADAPTER), (1.5e-3, 2.5e-3, 4e-3), "adapterhub",
                         ("pfeiffer", {"bottleneck": 24}), head_lr=HEAD),
-    "lora": Variant("LoRA r=8 on q, v", "lora", Size(), (5e-4, 1e-3, 2e-3), "peft",
+    "lora": Variant("LoRA r=8 on q, v", "lora", Size(), (5e-4, 1e-3, 2e-3, 4e-3), "peft",
                     ("lora", {"rank": 8, "targets": ("query", "value")}), head_lr=HEAD),
     "bitfit": Variant("BitFit", "bitfit", Size(), (1e-3, 2e-3, 4e-3), "stock", head_lr=HEAD),
     "mam": Variant("MAM 16, 16", "mam", Size(fields=_MAM), (1.5e-4, 3e-4, 6e-4), "adapterhub",
