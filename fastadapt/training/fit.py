@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def arguments(options: Options, seed: int, where: Path, units: Sequence[Unit]) -
     share = "warmup_ratio" if "warmup_ratio" in TrainingArguments.__dataclass_fields__ else "warmup_steps"
     rows = sum(len(unit.train) for unit in units)
     total = options.epochs * rows / (options.batch * options.accumulate)
+    bf16 = options.dtype == "bf16"
+    # Read, set under bf16 and never taken back by TrainingArguments: all later trainings would be in bf16 too.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     return TrainingArguments(
         output_dir=str(where),
         per_device_train_batch_size=options.batch,
@@ -112,7 +116,7 @@ def arguments(options: Options, seed: int, where: Path, units: Sequence[Unit]) -
         optim="adamw_torch_fused",  # without decay, as by default, this is Adam
         seed=seed,
         data_seed=seed,
-        bf16=options.dtype == "bf16",
+        bf16=bf16,
         use_cpu=options.device == "cpu",
         logging_strategy="steps",
         logging_steps=max(1, int(total / 200)),
