@@ -104,12 +104,14 @@ def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callabl
 REFUSED = (RuntimeError, TypeError, ValueError)  # what a kernel that checks its arguments raises
 
 
-def native(x: torch.Tensor) -> ModuleType | None:
-    """The C++ kernels, where a call with ``x`` may go to them straight: inference on a CPU, no autocast, none forced.
+def native(x: torch.Tensor, dropout_p: float = 0.0) -> ModuleType | None:
+    """The C++ kernels, where a call with ``x`` may go to them straight: inference on a CPU without dropout or autocast.
 
     They check what they are given, in no time, where Python's checks take as long as a small product. What they refuse
     (:data:`REFUSED`) goes the common way, which serves it otherwise or says what is wrong.
     """
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:
         return None
     if _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu") or not x.is_contiguous():

@@ -143,7 +143,7 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, callable]:
 
 
 def _without(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "native", lambda x: None)
+    monkeypatch.setattr(dispatch, "native", lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,7 +151,7 @@ def _without(monkeypatch) -> None:
 def test_the_short_way_gives_the_same(op, dtype, monkeypatch):
     taken = []
     native = dispatch.native
-    monkeypatch.setattr(dispatch, "native", lambda x: taken.append(native(x)) or taken[-1])
+    monkeypatch.setattr(dispatch, "native", lambda *given: taken.append(native(*given)) or taken[-1])
     short_calls, long_calls = _calls(dtype), _calls(dtype)
     with torch.no_grad():
         torch.manual_seed(2)
@@ -202,6 +202,7 @@ def test_the_short_way_is_for_plain_inference_on_a_cpu():
     for context, given, taken in cases:
         with context:
             assert (dispatch.native(given) is cpu) is taken
+            assert dispatch.native(given, 0.1) is None
     with torch.no_grad():
         for name, taken in (("reference", False), ("cpu", True)):
             with fa.backend(name):

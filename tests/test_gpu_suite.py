@@ -96,7 +96,7 @@ def test_its_check_of_a_model_finds_what_is_off(method, training, monkeypatch):
         return lambda *arguments: (found(*arguments)[0] * 1.1, *found(*arguments)[1:])
 
     monkeypatch.setattr(dispatch, "kernel", drifting)
-    monkeypatch.setattr(dispatch, "native", lambda x: None)  # which would pass it by
+    monkeypatch.setattr(dispatch, "native", lambda *_: None)  # which would pass it by
     assert models.wrong(case, "cpu", layers=1).startswith("error")
 
 

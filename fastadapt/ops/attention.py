@@ -51,8 +51,8 @@ def attention(
         TypeError: an argument has a dtype that is not accepted.
         ValueError: shapes or devices do not fit together, or ``dropout_p`` is no probability.
     """
-    kernels = dispatch.native(qkv)
-    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
+    kernels = dispatch.native(qkv, dropout_p)
+    if kernels is not None:
         try:
             batch, length, width = qkv.shape
             factor = (width // 3 // heads) ** -0.5 if scale is None else scale

@@ -61,8 +61,8 @@ def bottleneck(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
-    kernels = dispatch.native(x)
-    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
+    kernels = dispatch.native(x, dropout_p)
+    if kernels is not None:
         try:
             flat = x.view(-1, x.shape[-1])
             beside = None if residual is None else checks.flat_like(residual, x)

@@ -50,18 +50,18 @@ def linear(
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] if bias is None or isinstance(bias, Tensor) else list(bias)
-    kernels = dispatch.native(x)
-    if kernels is not None and type(dropout_p) is float and dropout_p == 0.0:
-        try:
-            return _inferred(kernels, x, weights, biases, canonical(activation), loras, rows)
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
-    checks.floating("x", x)
     if len(biases) == 1 and biases[0] is None:
         biases = [None] * len(weights)
     if not weights or not biases or len(biases) % len(weights) or (rows is None and len(weights) != len(biases)):
         accepted = "one a weight" if rows is None else "one a weight for each slot"
         raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is {accepted}")
+    kernels = dispatch.native(x, dropout_p)
+    if kernels is not None:
+        try:
+            return _inferred(kernels, x, weights, biases, canonical(activation), loras, rows)
+        except dispatch.REFUSED:
+            pass  # it is served below, or refused with a reason
+    checks.floating("x", x)
     depth, device = x.shape[-1], x.device
     for w in weights:
         checks.floating("weight", w)
