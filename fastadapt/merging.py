@@ -199,7 +199,7 @@ def _check(layers: Layers, container: Adaptations, names: tuple[str, ...], exact
 
 
 def _runs(container: Adaptations, layers: Layers, names: tuple[str, ...], skipped: tuple[int, ...]) -> bool:
-    """Whether exactly these run now, so that engaging them, which takes as long as a tenth of the merge, is left out."""
+    """Whether exactly these run now: engaging them again would take as long as a tenth of the merge."""
     return (
         (container.active, *container.summed) == names
         and container.skipped == skipped

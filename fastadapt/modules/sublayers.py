@@ -219,29 +219,26 @@ class FusedIntermediate(FusedSublayer):
     """The feed-forward network's first product with its activation."""
 
     def refusal(self) -> str | None:
-        return self._refusal(self._activation())
+        dense = self._modules["dense"]
+        if reason := replaced(dense, nn.Linear) or _trains(dense):
+            return reason
+        if self._activation() is None:
+            return f"no op has the activation {self.intermediate_act_fn!r}"
+        return None
 
     def _activation(self) -> str | None:
         function = self._modules.get("intermediate_act_fn")
         return activation_name(self.intermediate_act_fn if function is None else function)
 
-    def _refusal(self, activation: str | None) -> str | None:
-        dense = self._modules["dense"]
-        if reason := replaced(dense, nn.Linear) or _trains(dense):
-            return reason
-        if activation is None:
-            return f"no op has the activation {self.intermediate_act_fn!r}"
-        return None
-
     def ops(self, length: int) -> list[Op]:
         return [] if self.refusal() is not None else [self._product("dense")]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        activation = self._activation()
-        if self._refusal(activation) is not None:
+        if self.refusal() is not None:  # asking may settle what is active
             self._check_children()
             return super().forward(hidden_states)
-        return project(hidden_states, {"dense": self._modules["dense"]}, self.active, activation=activation)
+        dense = {"dense": self._modules["dense"]}
+        return project(hidden_states, dense, self.active, activation=self._activation())
 
 
 class FusedOutput(FusedSublayer):
