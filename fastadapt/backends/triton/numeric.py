@@ -29,4 +29,20 @@ def dot(a, b, total, PRECISION: tl.constexpr):
     if INTERPRETED:
         wide = tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64), out_dtype=tl.float64)
         return wide.to(tl.float32)
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        # Without matrix instructions a sum is one chain of fma, whose error grows with its length. Vendor libraries
+        # cut theirs; here every step's is summed by itself (fma, since an addition is folded into the product's sum).
+        part = _halves(a, b) if a.shape[1] >= 128 else tl.dot(a, b, input_precision="ieee")
+        return tl.fma(part, tl.full(part.shape, 1.0, tl.float32), total)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _halves(a, b):
+    """a b as the sum of two products of half the depth."""
+    half: tl.constexpr = a.shape[1] // 2
+    a0, a1 = tl.split(tl.permute(tl.reshape(a, (a.shape[0], 2, half)), (0, 2, 1)))
+    b0, b1 = tl.split(tl.permute(tl.reshape(b, (2, half, b.shape[1])), (1, 2, 0)))
+    first = tl.dot(a0, b0, input_precision="ieee")
+    second = tl.dot(a1, b1, input_precision="ieee")
+    return tl.fma(second, tl.full(second.shape, 1.0, tl.float32), first)
