@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import tasks
-import transformers
 
 from fastadapt.cli import main
 from fastadapt.training import sweep as module
 from fastadapt.training.sweep import Sweep
 
 pytest.importorskip("optuna")
-repeats = pytest.mark.skipif(
-    transformers.__version__.startswith("4."),
-    reason="under transformers 4.57 it failed in one run of all tests, passed by itself, and nobody knows why yet",
-)
 AXES = ("lr=1e-3,1e-2", "size=4,8", "seed=0,1")
 FAST = ("--epochs", "3", "--batch", "16", "--dtype", "fp32", "--device", "cpu", "--threads", "1")
 
@@ -73,8 +68,8 @@ def test_the_grid_is_trained_and_the_best_is_the_result(room, whole, capsys):
     assert right / len(rows) == pytest.approx(best["score"])
 
 
-@repeats
-def test_a_point_is_what_train_alone_makes(room, whole):
+def test_a_point_is_what_train_alone_makes(room, whole, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what transformers 4 leaves behind it after bfloat16
     assert run(room, room / "alone", "--bottleneck", "8", "--lr", "1e-2", "--seeds", "1") == 0
     stage = json.loads((room / "alone" / "report.json").read_text())["stages"][0]
     point = points(whole)["lr-0.01_size-8_seed-1"]
@@ -85,7 +80,6 @@ class Killed(BaseException):
     """As SIGKILL does, it passes by every handler."""
 
 
-@repeats
 @pytest.mark.parametrize("when", ["between", "within"])
 def test_a_stopped_sweep_goes_on(room, whole, when, monkeypatch):
     """Points that are done are read back, and one that was under way goes on from its checkpoint."""
