@@ -309,14 +309,14 @@ class FusedLayer:
     returns_tuple: bool  # (output, attention probabilities), or the output alone
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        children = self._modules
+        own, children = self.__dict__, self._modules
         attention = children["attention"]
         if (
             any(a is not None and a is not False for a in args)
             or any(v is not None and v is not False for v in kwargs.values())
-            or self.chunk_size_feed_forward
-            or self.is_decoder
-            or "feed_forward_chunk" in self.__dict__
+            or own.get("chunk_size_feed_forward")
+            or own.get("is_decoder")
+            or "feed_forward_chunk" in own
             or replaced(attention, self.attention_class) is not None
         ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
