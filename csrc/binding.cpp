@@ -130,7 +130,8 @@ class LowRankArgs {
               const OptionalTensor& rows, at::ArrayRef<double> lora_p, const OptionalTensor& lora_seeds) {
     const size_t count = a.size();
     TORCH_CHECK_VALUE(b.size() == count && scales.size() == count && owners.size() == count && slots.size() == count &&
-                          lora_p.size() == count && (!lora_seeds.has_value() || lora_seeds->numel() == static_cast<int64_t>(count)),
+                          lora_p.size() == count &&
+                          (!lora_seeds.has_value() || lora_seeds->numel() == static_cast<int64_t>(count)),
                       "a, b, scales, owners, slots, lora_p, lora_seeds: got ", count, " matrices a and ", b.size(),
                       " matrices b; accepted is one entry a LoRA in each");
     std::vector<int64_t> used(slot_count, 0);
