@@ -101,15 +101,23 @@ def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callabl
     return kernel(serving(op, device_type, dtype, **facts), op)
 
 
-REFUSED = (RuntimeError, TypeError, ValueError)  # what a kernel that checks its arguments raises
+def straight(call: Callable[..., Any], x: torch.Tensor, dropout_p: float, *arguments: Any) -> Any:
+    """``call(kernels, x, *arguments)`` where a call with ``x`` may go straight to the C++ kernels, else None.
+
+    They check what they are given, in no time, where Python's checks take as long as a small product. None too is what
+    they refuse: the op's common way serves it otherwise, or says what is wrong.
+    """
+    kernels = native(x, dropout_p)
+    if kernels is None:
+        return None
+    try:
+        return call(kernels, x, *arguments)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # of kernels, and of what is no tensor
+        return None
 
 
 def native(x: torch.Tensor, dropout_p: float = 0.0) -> ModuleType | None:
-    """The C++ kernels, where a call with ``x`` may go to them straight: inference on a CPU without dropout or autocast.
-
-    They check what they are given, in no time, where Python's checks take as long as a small product. What they refuse
-    (:data:`REFUSED`) goes the common way, which serves it otherwise or says what is wrong.
-    """
+    """The C++ kernels, where ``x`` is of an inference on a CPU without dropout and autocast that forces no other."""
     if type(dropout_p) is not float or dropout_p != 0.0:
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastadapt as fa
 from fastadapt import dispatch
+from fastadapt.ops import checks
 
 cpu = pytest.importorskip("fastadapt.backends.cpu", exc_type=ImportError)
 ROWS, H, B, N, R = 6, 32, 8, 48, 3  # N columns of a linear, R a LoRA's rank
@@ -149,14 +150,12 @@ def _without(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", _calls())
 def test_the_short_way_gives_the_same(op, dtype, monkeypatch):
-    taken = []
-    native = dispatch.native
-    monkeypatch.setattr(dispatch, "native", lambda *given: taken.append(native(*given)) or taken[-1])
     short_calls, long_calls = _calls(dtype), _calls(dtype)
     with torch.no_grad():
         torch.manual_seed(2)
-        short = short_calls[op]()
-        assert taken[-1] is cpu
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "floating", lambda *_: pytest.fail("the checked way was taken"))
+            short = short_calls[op]()
         _without(monkeypatch)
         torch.manual_seed(2)
         assert torch.equal(short, long_calls[op]())
@@ -165,9 +164,10 @@ def test_the_short_way_gives_the_same(op, dtype, monkeypatch):
 BAD = {
     "linear": [{"w": torch.zeros(N, H - 1)}, {"w": torch.zeros(N, H, dtype=torch.int64)}, {"x": [1.0]}],
     "lora": [{"w": torch.zeros(N + 1, H)}, {"x": torch.zeros(2, 3, H + 1)}],
-    "rows": [{"rows": torch.tensor([0, 2])}, {"rows": torch.tensor([0, 1, 0])}, {"rows": torch.tensor([0.0, 1.0])}],
+    "rows": [{"rows": torch.tensor([0, 2])}, {"rows": [1, 0]}, {"rows": torch.tensor([0, 1, 0])}, 
+             {"rows": torch.tensor([0.0, 1.0])}],
     "bottleneck": [{"w": torch.zeros(B, H + 1)}, {"more": {"residual": torch.zeros(3, 2, H)}},
-                   {"more": {"norm_bias": None}}],
+                   {"more": {"norm_bias": None}}, {"more": {"residual": [1.0]}}],
     "bottleneck_rows": [{"rows": torch.tensor([0])}, {"more": {"residual": torch.zeros(6, H)}}],
     "add_norm": [{"w": torch.zeros(H + 1)}, {"eps": -1.0}, {"eps": float("nan")},
                  {"more": {"residual": torch.zeros(3, 2, H)}}],

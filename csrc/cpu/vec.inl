@@ -236,6 +236,12 @@ typedef uint8_t U8 __attribute__((vector_size(FA_WIDTH)));
 FA_INLINE U8 low_bytes(U v) {
 #if FA_WIDTH == 16
   return (U8)_mm512_cvtepi32_epi8((__m512i)v);
+#elif FA_WIDTH == 8
+  const __m256i each = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1));
+  U8 bytes;
+  std::memcpy(&bytes, &both, sizeof bytes);
+  return bytes;
 #else
   return __builtin_convertvector(v & 0xffu, U8);
 #endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
+from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
@@ -31,7 +31,6 @@ class FusedBertLayer(FusedLayer, hf.BertLayer):
     """Fused :class:`BertLayer`."""
 
     attention_class = hf.BertAttention
-    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedBertSelfAttention(FusedSelfAttention, hf.BertSelfAttention):

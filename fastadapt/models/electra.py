@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.electra import modeling_electra as hf
 
-from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
+from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
@@ -31,7 +31,6 @@ class FusedElectraLayer(FusedLayer, hf.ElectraLayer):
     """Fused :class:`ElectraLayer`."""
 
     attention_class = hf.ElectraAttention
-    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedElectraSelfAttention(FusedSelfAttention, hf.ElectraSelfAttention):

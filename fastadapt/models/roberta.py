@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.roberta import modeling_roberta as hf
 
-from fastadapt.models.wiring import LAYERS_RETURN_TUPLES, Wiring
+from fastadapt.models.wiring import Wiring
 from fastadapt.modules.heads import HeadSlot, LinearHead
 from fastadapt.modules.sublayers import (
     FusedDropout,
@@ -31,7 +31,6 @@ class FusedRobertaLayer(FusedLayer, hf.RobertaLayer):
     """Fused :class:`RobertaLayer`."""
 
     attention_class = hf.RobertaAttention
-    returns_tuple = LAYERS_RETURN_TUPLES
 
 
 class FusedRobertaSelfAttention(FusedSelfAttention, hf.RobertaSelfAttention):

@@ -20,7 +20,7 @@ from fastadapt.modules.heads import HeadSlot
 from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.routed import RoutedHead
 from fastadapt.modules.state import CONTAINER
-from fastadapt.modules.sublayers import FusedOutput, name_activation
+from fastadapt.modules.sublayers import FusedLayer, FusedOutput, name_activation
 from fastadapt.modules.unpad import FusedEncoder, HeadReadsFirst, NoteMask
 
 for _kind, _name in (
@@ -34,7 +34,7 @@ for _kind, _name in (
 ):
     name_activation(_kind, _name)
 
-LAYERS_RETURN_TUPLES = int(transformers.__version__.partition(".")[0]) < 5
+FusedLayer.returns_tuple = int(transformers.__version__.partition(".")[0]) < 5
 _READ_ALL = ("qa_outputs",)  # heads whose softmax is over all positions
 _READ_FIRST = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")  # ends of class names
 

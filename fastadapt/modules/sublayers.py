@@ -66,6 +66,13 @@ def _dropout(module: nn.Dropout) -> float:
     return module.p if module.training else 0.0
 
 
+def _asks(args: tuple[Any, ...], kwargs: dict[str, Any], passive: frozenset[str] = frozenset()) -> bool:
+    """Whether an argument that is not ``passive`` asks for something."""
+    return any(a is not None and a is not False for a in args) or any(
+        v is not None and v is not False and k not in passive for k, v in kwargs.items()
+    )
+
+
 Op = tuple[str, dict[str, Any]]  # a name of fastadapt.ops, and the facts by which a backend for it is picked
 
 
@@ -147,10 +154,7 @@ class FusedSelfAttention(FusedSublayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         # Head masks, caches, encoder states, requested probabilities: whatever is set and not known to be passive.
-        asked = bool(args or kwargs) and (
-            any(a is not None and a is not False for a in args)
-            or any(v is not None and v is not False and k not in self._passive for k, v in kwargs.items())
-        )
+        asked = _asks(args, kwargs, self._passive)
         refusal, prefix = self.refusal(), self._prefix()  # in this order: asking may settle what is active
         if asked or refusal is not None:
             self._check_children()
@@ -306,14 +310,13 @@ class FusedLayer:
     """
 
     attention_class: type[nn.Module]  # what holds a layer's attention and its output
-    returns_tuple: bool  # (output, attention probabilities), or the output alone
+    returns_tuple: bool  # (output, attention probabilities), or the output alone: the installed transformers' way
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         own, children = self.__dict__, self._modules
         attention = children["attention"]
         if (
-            any(a is not None and a is not False for a in args)
-            or any(v is not None and v is not False for v in kwargs.values())
+            _asks(args, kwargs)
             or own.get("chunk_size_feed_forward")
             or own.get("is_decoder")
             or "feed_forward_chunk" in own

@@ -51,16 +51,9 @@ def attention(
         TypeError: an argument has a dtype that is not accepted.
         ValueError: shapes or devices do not fit together, or ``dropout_p`` is no probability.
     """
-    kernels = dispatch.native(qkv, dropout_p)
-    if kernels is not None:
-        try:
-            batch, length, width = qkv.shape
-            factor = (width // 3 // heads) ** -0.5 if scale is None else scale
-            seen = None if mask is None else mask.expand(batch, heads, length, length)
-            before = _cast(prefix, qkv.dtype)
-            return kernels.attention_forward(qkv, before, seen, heads, factor, 0.0, None, False)[0]
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
+    out = dispatch.straight(_inferred, qkv, dropout_p, heads, prefix, mask, scale)
+    if out is not None:
+        return out
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
         raise ValueError(
@@ -95,6 +88,14 @@ def attention(
     prefix = _cast(prefix, qkv.dtype)
     kernel = dispatch.pick("attention_forward", qkv.device.type, qkv.dtype, **_facts(qkv, prefix, heads))
     return kernel(qkv, prefix, mask, heads, scale, dropout_p, seed, False)[0]
+
+
+def _inferred(kernels, qkv, heads, prefix, mask, scale):
+    """:func:`attention` by kernels that check what they are given."""
+    batch, length, width = qkv.shape
+    factor = (width // 3 // heads) ** -0.5 if scale is None else scale
+    seen = None if mask is None else mask.expand(batch, heads, length, length)
+    return kernels.attention_forward(qkv, _cast(prefix, qkv.dtype), seen, heads, factor, 0.0, None, False)[0]
 
 
 def _cast(prefix: Tensor | None, dtype: torch.dtype) -> Tensor | None:

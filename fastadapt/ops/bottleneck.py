@@ -61,18 +61,12 @@ def bottleneck(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
-    kernels = dispatch.native(x, dropout_p)
-    if kernels is not None:
-        try:
-            flat = x.view(-1, x.shape[-1])
-            beside = None if residual is None else checks.flat_like(residual, x)
-            factor, vector = (1.0, scale.expand(x.shape[-1])) if isinstance(scale, Tensor) else (scale, None)
-            return kernels.bottleneck_forward(
-                flat, w_down, b_down, w_up, b_up, canonical(activation), factor, vector, skip, beside, norm_weight,
-                norm_bias, eps, 0.0, None, False,
-            )[0].view_as(x)  # fmt: skip
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
+    y = dispatch.straight(
+        _inferred, x, dropout_p, w_down, b_down, w_up, b_up, activation, scale, skip, residual, norm_weight, norm_bias,
+        eps,
+    )  # fmt: skip
+    if y is not None:
+        return y
     checks.floating("x", x)
     if x.dim() < 1:
         raise ValueError("x: got a 0-d tensor; accepted is [..., H]")
@@ -112,6 +106,16 @@ def bottleneck(
     else:
         y, _, _ = _forward(flat, flat_residual, *parameters, *options, save=False)
     return y.view(x.shape)
+
+
+def _inferred(kernels, x, w_down, b_down, w_up, b_up, activation, scale, skip, residual, norm_weight, norm_bias, eps):
+    """:func:`bottleneck` by kernels that check what they are given."""
+    flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
+    factor, vector = (1.0, scale.expand(x.shape[-1])) if isinstance(scale, Tensor) else (scale, None)
+    return kernels.bottleneck_forward(
+        flat, w_down, b_down, w_up, b_up, canonical(activation), factor, vector, skip, beside, norm_weight, norm_bias,
+        eps, 0.0, None, False,
+    )[0].view_as(x)  # fmt: skip
 
 
 def _forward(x, residual, w_down, b_down, w_up, b_up, vector, norm_weight, norm_bias, activation, factor, skip, eps,

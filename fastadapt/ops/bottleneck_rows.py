@@ -86,12 +86,9 @@ def bottleneck_rows(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
-    kernels = dispatch.native(x)
-    if kernels is not None and not any(slot.dropout_p for slot in slots):
-        try:
-            return _inferred(kernels, x, slots, rows, residual, eps)
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
+    y = dispatch.straight(_inferred, x, 0.0, slots, rows, residual, eps)
+    if y is not None:
+        return y
     checks.floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is [B, ..., H]")
@@ -126,10 +123,9 @@ def bottleneck_rows(
 
 def _inferred(kernels, x, slots, rows, residual, eps):
     """:func:`bottleneck_rows` by kernels that check what they are given."""
-    if rows.shape != x.shape[:1]:
-        raise ValueError("rows that are not the batch's")
-    flat = x.view(-1, x.shape[-1])
-    beside = None if residual is None else checks.flat_like(residual, x)
+    if rows.shape != x.shape[:1] or any(slot.dropout_p for slot in slots):
+        raise ValueError("a dropout, or rows that are not the batch's")
+    flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
     w_down, b_down, w_up, b_up, vectors, norm_weights, norm_biases = zip(*(s.tensors() for s in slots), strict=True)
     return kernels.bottleneck_rows_forward(
         flat, beside, rows, w_down, b_down, w_up, b_up, _expanded(vectors, x.shape[-1]), norm_weights, norm_biases,

@@ -55,12 +55,9 @@ def linear(
     if not weights or not biases or len(biases) % len(weights) or (rows is None and len(weights) != len(biases)):
         accepted = "one a weight" if rows is None else "one a weight for each slot"
         raise ValueError(f"bias: got {len(biases)} for {len(weights)} weights; accepted is {accepted}")
-    kernels = dispatch.native(x, dropout_p)
-    if kernels is not None:
-        try:
-            return _inferred(kernels, x, weights, biases, canonical(activation), loras, rows)
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
+    y = dispatch.straight(_inferred, x, dropout_p, weights, biases, activation, loras, rows)
+    if y is not None:
+        return y
     checks.floating("x", x)
     depth, device = x.shape[-1], x.device
     for w in weights:
@@ -98,7 +95,7 @@ def linear(
 
 def _inferred(kernels, x, weights, biases, activation, loras, rows):
     """:func:`linear` by kernels that check what they are given."""
-    flat = x.view(-1, x.shape[-1])
+    flat, activation = x.view(-1, x.shape[-1]), canonical(activation)
     if rows is None and not loras:
         y = kernels.linear_forward(flat, weights, biases, activation, 0.0, None, False)[0]
     else:

@@ -39,15 +39,9 @@ def add_norm(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
-    kernels = dispatch.native(x, dropout_p)
-    if kernels is not None:
-        try:
-            flat = x.view(-1, x.shape[-1])
-            beside = None if residual is None else checks.flat_like(residual, x)
-            y, s = kernels.add_norm_forward(flat, beside, norm_weight, norm_bias, eps, 0.0, None, return_sum)
-            return (y.view_as(x), s.view_as(x)) if return_sum else y.view_as(x)
-        except dispatch.REFUSED:
-            pass  # it is served below, or refused with a reason
+    found = dispatch.straight(_inferred, x, dropout_p, residual, norm_weight, norm_bias, eps, return_sum)
+    if found is not None:
+        return found
     checks.floating("x", x)
     hidden = x.shape[-1]
     checks.like("residual", residual, x)
@@ -64,6 +58,13 @@ def add_norm(
         kernel = dispatch.pick("add_norm_forward", x.device.type, dtype, hidden=hidden, rows=flat.shape[0])
         y, s = kernel(flat, flat_residual, norm_weight, norm_bias, eps, dropout_p, seed, return_sum)
     return (y.view(x.shape), s.view(x.shape)) if return_sum else y.view(x.shape)
+
+
+def _inferred(kernels, x, residual, norm_weight, norm_bias, eps, return_sum):
+    """:func:`add_norm` by kernels that check what they are given."""
+    flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
+    y, s = kernels.add_norm_forward(flat, beside, norm_weight, norm_bias, eps, 0.0, None, return_sum)
+    return (y.view_as(x), s.view_as(x)) if return_sum else y.view_as(x)
 
 
 class _AddNorm(torch.autograd.Function):
