@@ -392,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
   const Tensor s = save && norm ? empty_like_type(x, {p.rows, p.hidden}) : empty_like_type(x, {0});
   if (p.rows == 0 || p.hidden == 0) return {y, z, s};
   const PackedWeight down = packed(table, w_down, p.type, Layout::transposed);
-  const PackedWeight up = packed(table, w_up, p.type, Layout::transposed);
+  const PackedWeight up = packed(table, w_up, p.type, Layout::parted);
   const Floats bias_down(b_down, p.type, true), bias_up(b_up, p.type, true), vector(scale_vector, p.type, false);
   const Floats weight(norm_weight, p.type, false), bias(norm_bias, p.type, false);
   p.x = data(x);
@@ -562,7 +562,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
     p.b = down->size(0);
     packs.push_back(packed(table, *down, type, Layout::transposed));
     p.down = packs.back().view();
-    packs.push_back(packed(table, *up, type, Layout::transposed));
+    packs.push_back(packed(table, *up, type, Layout::parted));
     p.up = packs.back().view();
     p.b_down = values(b_down.get(i), true);
     p.b_up = values(b_up.get(i), true);

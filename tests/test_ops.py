@@ -504,6 +504,28 @@ def test_a_large_mean_does_not_swallow_the_variance(runner):
     cases.check(runner, call, build, torch.float32, torch.float32)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", ["first", "all", "last"])
+def test_columns_far_from_the_others_do_not_spoil_a_norm(runner, dtype, place):
+    """Moments are of sums that cancel where a row's first columns, or all of them, stand far from its mean."""
+    _need(runner, "bottleneck_forward", dtype, hidden=768, bottleneck=8)
+    columns = {"first": slice(0, 32), "all": slice(None), "last": slice(736, None)}[place]
+
+    def build(generator):
+        x = normal(5, 768, generator=generator)
+        x[:, columns] += 400.0
+        down, up = normal(8, 768, std=1e-3, generator=generator), normal(768, 8, generator=generator)
+        weight, bias = normal(768, std=0.2, mean=1.0, generator=generator), normal(768, generator=generator)
+        residual = normal(5, 768, generator=generator)
+        return {"x": x, "residual": residual, "down": down, "up": up, "weight": weight, "bias": bias}
+
+    def call(x, residual, down, up, weight, bias):
+        return fa.ops.bottleneck(x, down, None, up, None, residual=residual, norm_weight=weight, norm_bias=bias)
+
+    cases.check(runner, call, build, dtype, dtype)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="12 GiB of activations: a GPU's memory")
 @every_kernel
 def test_offsets_past_two_to_the_31(runner):
@@ -667,6 +689,21 @@ def test_a_large_linear_output_is_that_of_its_parts(dtype, widths):
     whole = fa.ops.linear(x, weights, biases)
     parts = [fa.ops.linear(part, weights, biases) for part in x.split(rows // 4)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_bottleneck_output_is_that_of_its_parts(dtype):
+    """Results of 8 MB and more are stored past the caches here as well."""
+    rows, generator = (8 << 20) // (64 * dtype.itemsize), torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(rows, 64, generator=generator).to(dtype) for _ in range(2))
+    down, up = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((16, 64), (64, 16)))
+    norm = {"norm_weight": torch.ones(64).to(dtype), "norm_bias": torch.zeros(64).to(dtype)}
+
+    def run(x, residual):
+        return fa.ops.bottleneck(x, down, None, up, None, residual=residual, **norm)
+
+    parts = [run(*part) for part in zip(x.split(rows // 4), residual.split(rows // 4), strict=True)]
+    assert torch.equal(run(x, residual), torch.cat(parts))
 
 
 def test_statistics_are_those_of_the_sum_as_it_is_stored():

@@ -170,8 +170,8 @@ FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t hea
   if (batch == p.batch) return;
   const int64_t d = p.head_dim, h = p.heads * d, bytes = d * (int64_t)sizeof(T);
   for (int64_t r = first; r < std::min(first + kQueries, p.length); ++r) {
-    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes, 0, 1, 1);
-    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + head * d, bytes, 0, 1, 1);
+    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes);
+    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + head * d, bytes);
   }
 }
 
@@ -242,7 +242,7 @@ FA_INLINE void scores(const ABlock& a, int64_t rows, int64_t d, const uint32_t* 
   block_rows<T>(rows, d, a, row);
   Passes<T> k;
   k.add_packed(words_t, words_of<T>(d));
-  product_into<T>(a, rows, k, sp / 32, c, out, sp, [](int64_t) {});
+  product_into<T>(a, rows, k, sp / 32, c, out, sp, Ahead());
 }
 // For every whole or partial vector of the product of a's rows with row words of d columns: write(row, column, v).
 template <class T, class Write>
@@ -250,7 +250,7 @@ FA_INLINE void product_rows(const ABlock& a, int64_t rows, const uint32_t* words
                             Write&& write) {
   Passes<T> passes;
   passes.add_packed(words, words_of<T>(k));
-  product<T>(a, rows, passes, 0, round32(d) / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  product<T>(a, rows, passes, 0, round32(d) / 32, c, Ahead(), [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int64_t r = 0; r < mr; ++r)
       for (int64_t v = 0; v < kNV && panel * 32 + v * W < d; ++v)
         write(m + r, panel * 32 + v * W, load(tile + r * 32 + v * W));

@@ -4,8 +4,83 @@
 
 constexpr int64_t kRows = kBottleneckRows;
 
+// s = drop(scale (c + b_up)) + [x] + [residual] of 32 columns, or those that there are, for some rows; c is the product's
+// tile, whose columns are parted where T is multiplied in pairs. Pointers are to the first row's first column.
+template <class T>
+struct SumColumns {
+  const T *x, *residual;  // or null
+  const int8_t* keep;     // or null
+  T* s;
+  int64_t h, keep_stride;
+  float keep_scale;
+  bool first;               // whether they are the first 32 columns of their rows
+  F scale[kNV], bias[kNV];  // bias times scale, in the order of memory
+
+  // All 32. Common: with both x and residual, without dropout; there is nothing but arithmetic in its loop.
+  template <bool Common>
+  FA_INLINE void whole(int64_t rows, const float* c, RowStatistics<T>* statistics) const {
+    if constexpr (Operand<T>::pairs) {
+      F scales[kNV], biases[kNV];
+      parted(scale, scales);
+      parted(bias, biases);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (first) statistics[r].start(s + r * h, 32);
+#pragma GCC unroll 8
+        for (int v = 0; v < kWordVectors; ++v) {
+          const int64_t at = r * h + v * 2 * W;
+          F evens = load(c + r * 32 + v * W) * scales[v] + biases[v];
+          F odds = load(c + r * 32 + 16 + v * W) * scales[v + kWordVectors] + biases[v + kWordVectors];
+          if (!Common && keep) drop_parted(evens, odds, keep + r * keep_stride + v * 2 * W, keep_scale);
+          for (const T* term : {x, residual}) {
+            if (!Common && !term) continue;
+            const U words = load_words(term + at);
+            evens = evens + even(words);
+            odds = odds + odd(words);
+          }
+          const U sums = joined(evens, odds);
+          store_words(s + at, sums);
+          statistics[r].add(sums);
+        }
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        F sums[kNV];
+#pragma GCC unroll 8
+        for (int v = 0; v < kNV; ++v) {
+          const int64_t at = r * h + v * W;
+          sums[v] = load(c + r * 32 + v * W) * scale[v] + bias[v];
+          if (!Common && keep) sums[v] = dropped(sums[v], keep + r * keep_stride + v * W, keep_scale);
+          if (Common || x) sums[v] = sums[v] + load(x + at);
+          if (Common || residual) sums[v] = sums[v] + load(residual + at);
+        }
+        store_row(s + r * h, sums);
+        if (first) statistics[r].start(s + r * h, 32);
+        statistics[r].add(s + r * h, 32);
+      }
+    }
+  }
+  void some(int64_t rows, int64_t columns, const float* c, RowStatistics<T>* statistics) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      F tile[kNV], sums[kNV];
+      for (int v = 0; v < kNV; ++v) tile[v] = load(c + r * 32 + v * W);
+      if constexpr (Operand<T>::pairs) unparted(tile, sums);
+      else std::copy(tile, tile + kNV, sums);
+      for (int v = 0; v < kNV && v * W < columns; ++v) {
+        const int64_t at = r * h + v * W, n = columns - v * W;
+        F sum = sums[v] * scale[v] + bias[v];
+        if (keep) sum = dropped_n(sum, keep + r * keep_stride + v * W, keep_scale, n);
+        if (x) sum = sum + load_n(x + at, n);
+        if (residual) sum = sum + load_n(residual + at, n);
+        store_n(s + at, sum, n);
+      }
+      if (first) statistics[r].start(s + r * h, columns);
+      statistics[r].add(s + r * h, columns);
+    }
+  }
+};
+
 template <class T, Act A>
-void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows) {
+void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows, bool weights_far) {
   Scratch& scr = scratch();
   const int64_t h = p.hidden, b = p.b, keep_stride = (h + 63) / 64 * 64;
   ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
@@ -21,12 +96,13 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     if (!direct) copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
     pad_row<T>(a, r, b);
   }
-  // While the products compute, memory brings what is read after them: the residual, then the next block of x.
   const int64_t panels_down = (b + 31) / 32, panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
   const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
-  const T* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * h : nullptr;
+  // While the products compute, memory brings what is read after them: the residual, then the next block of x.
+  Ahead after_down(weights_far), after_up(weights_far);
+  after_down.add(residual, bytes);
+  if (r0 + 2 * rows <= p.rows) after_up.add((const T*)p.x + (r0 + rows) * h, bytes);
   auto middle = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    prefetch(residual, bytes, panel * rows + m, panel * rows + m + mr, panels_down * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= b) break;
@@ -39,57 +115,37 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     }
   };
   with_rows<T>(direct, (const T*)p.x + r0 * h, h, x, [&](const auto& from) {
-    product<T>(from, rows, passes_of<T>(p.down), 0, panels_down, c, middle);
+    product<T>(from, rows, passes_of<T>(p.down), 0, panels_down, c, after_down, middle);
   });
   // s is kept in the cache where nothing saves it; its rows' sums come from the product's epilogue.
   T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
   RowStatistics<T>* statistics = scr.get<RowStatistics<T>>(3, rows);
   auto sums_of = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
     const int64_t at = m * h + panel * 32, left = h - panel * 32;
-    const T* own = p.skip ? (const T*)p.x + r0 * h + at : nullptr;
-    const T* other = residual ? residual + at : nullptr;
-    F scale[kNV], bias[kNV];
+    SumColumns<T> columns{p.skip ? (const T*)p.x + r0 * h + at : nullptr,
+                          residual ? residual + at : nullptr,
+                          keep ? keep + m * keep_stride + panel * 32 : nullptr,
+                          s + at,
+                          h,
+                          keep_stride,
+                          p.drop.keep_scale,
+                          panel == 0,
+                          {},
+                          {}};
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W, n = h - col;
-      scale[v] = p.scale && n > 0 ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
-      bias[v] = p.b_up && n > 0 ? load_n(p.b_up + col, n) : F{};
+      columns.scale[v] = p.scale && n > 0 ? load_n(p.scale + col, n) * p.factor : set1(p.factor);
+      columns.bias[v] = p.b_up && n > 0 ? load_n(p.b_up + col, n) * columns.scale[v] : F{};
     }
-    if (left >= 32 && own && other && !keep) {  // the common case apart: nothing but arithmetic in its loop
-      for (int64_t r = 0; r < mr; ++r) {
-        F sums[kNV];
-#pragma GCC unroll 8
-        for (int v = 0; v < kNV; ++v)
-          sums[v] = (load(tile + r * 32 + v * W) + bias[v]) * scale[v] + load(own + r * h + v * W) +
-                    load(other + r * h + v * W);
-        store_row(s + at + r * h, sums);
-        statistics[m + r].add(panel == 0, sums, 32);
-      }
-      return;
-    }
-    for (int64_t r = 0; r < mr; ++r) {
-      F sums[kNV] = {};
-      for (int v = 0; v < kNV && v * W < left; ++v) {
-        const int64_t n = left - v * W;
-        F sum = (load(tile + r * 32 + v * W) + bias[v]) * scale[v];
-        if (keep) sum = dropped_n(sum, keep + (m + r) * keep_stride + panel * 32 + v * W, p.drop.keep_scale, n);
-        if (own) sum = sum + load_n(own + r * h + v * W, n);
-        if (other) sum = sum + load_n(other + r * h + v * W, n);
-        store_n(s + at + r * h + v * W, sum, n);
-        sums[v] = sum;
-      }
-      statistics[m + r].add(panel == 0, sums, left);
-    }
+    if (left < 32) columns.some(mr, left, tile, statistics + m);
+    else if (columns.x && columns.residual && !keep) columns.template whole<true>(mr, tile, statistics + m);
+    else columns.template whole<false>(mr, tile, statistics + m);
   };
-  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, sums_of);
+  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, after_up, sums_of);
   if (!p.norm_weight) return;
-  with_whole(h, [&](auto whole) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = s + r * h;
-      normalise<whole>(row, h, statistics[r].template moments<whole>(row, h, p.eps), p.norm_weight, p.norm_bias,
-                       (T*)p.y + (r0 + r) * h);
-    }
-  });
+  const bool stream = streams(p.y, p.rows, h * (int64_t)sizeof(T));
+  normalise_rows(s, rows, h, statistics, p.norm_weight, p.norm_bias, p.eps, stream, scr.get<float>(6, 2 * h),
+                 (T*)p.y + r0 * h);
 }
 
 template <class T>
@@ -99,7 +155,7 @@ void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
     blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
     parallel_for(parallel, blocks, [&](int64_t block) {
       const int64_t r0 = part_start<T>(p.rows, block, blocks), r1 = part_start<T>(p.rows, block + 1, blocks);
-      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0);
+      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, block < p.threads);
     });
   });
 }
@@ -161,15 +217,17 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
 
   // While the products compute, memory brings what is read after them: x, and the next block of dy and s.
   const int64_t bytes = rows * h * (int64_t)sizeof(T);
-  const bool more = r0 + 2 * rows <= p.rows;
-  const void* next_dy = more ? (const T*)p.dy + (r0 + rows) * h : nullptr;
-  const void* next_s = more && p.s ? (const T*)p.s + (r0 + rows) * h : nullptr;
-  const void* own_x = weights && p.x ? (const T*)p.x + r0 * h : nullptr;
+  Ahead own_x, next;
+  if (weights && p.x) own_x.add((const T*)p.x + r0 * h, bytes);
+  if (r0 + 2 * rows <= p.rows) {
+    next.add((const T*)p.dy + (r0 + rows) * h, bytes);
+    if (p.s) next.add((const T*)p.s + (r0 + rows) * h, bytes);
+  }
 
   float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
   float* a_rows = weights ? scr.get<float>(8, rows * bp) : nullptr;
-  product<T>(d, rows, passes_of<T>(p.up_t), 0, bp / 32, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    prefetch(own_x, bytes, panel * rows + m, panel * rows + m + mr, bp / 32 * rows);
+  product<T>(d, rows, passes_of<T>(p.up_t), 0, bp / 32, c, own_x,
+             [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= b) break;
@@ -190,10 +248,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
 
   if (p.dx) {
     float* dx = scr.get<float>(11, (rows + 32) * hp);
-    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, [&](int64_t panel) {
-      prefetch(next_dy, bytes, panel, panel + 1, hp / 32);
-      prefetch(next_s, bytes, panel, panel + 1, hp / 32);
-    });
+    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, next);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < h; i += W) {
         F value = load(dx + r * hp + i);
@@ -264,7 +319,7 @@ void bottleneck_rows_forward_typed(const BottleneckRowsForward& all, Parallel pa
     const SlotBlock& block = all.blocks[i];
     const BottleneckForward& p = all.slots[block.slot];
     if (p.b > 0) {
-      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows); });
+      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows, true); });
       return;
     }
     AddNormForward n{};

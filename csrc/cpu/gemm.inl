@@ -35,6 +35,47 @@ FA_INLINE int64_t words_of(int64_t k) {
   return (k + pad - 1) / pad * pad / per;
 }
 
+// -- what memory brings meanwhile ------------------------------------------------------------------------------------
+
+struct Lines {
+  const char* p;
+  int64_t count;
+};
+FA_INLINE void ask(const Lines& lines) {
+  for (int64_t i = 0; i < lines.count; ++i) __builtin_prefetch(lines.p + i * 64, 0, 2);
+}
+// Asks for whole rows of a few lines each.
+FA_INLINE void prefetch(const void* p, int64_t bytes) { ask({(const char*)p, (bytes + 63) / 64}); }
+
+// What is read after a product, in lines of the cache. Each tile asks for its share, a line or two at a time: a burst
+// would take all of the few requests that a core may have under way, and the product's own would wait.
+class Ahead {
+ public:
+  // weights: whether the product's own matrix is asked for too, or is known to be near.
+  explicit Ahead(bool weights = true) : weights_(weights) {}
+  void add(const void* p, int64_t bytes) {
+    if (p == nullptr) return;
+    ranges_[ranges_used_++] = {(const char*)p, (bytes + 63) / 64};
+    lines_ += (bytes + 63) / 64;
+  }
+  bool weights() const { return weights_; }
+  // Share i of `of`; where it would reach into another range, what it has of the first.
+  Lines share(int64_t i, int64_t of) const {
+    int64_t from = lines_ * i / of;
+    const int64_t count = lines_ * (i + 1) / of - from;
+    for (int range = 0; range < ranges_used_; from -= ranges_[range++].count)
+      if (from < ranges_[range].count)
+        return {ranges_[range].p + from * 64, std::min(count, ranges_[range].count - from)};
+    return {nullptr, 0};
+  }
+
+ private:
+  Lines ranges_[3];
+  int ranges_used_ = 0;
+  int64_t lines_ = 0;
+  bool weights_;
+};
+
 // -- tiles: C[rows][kStrip] (+)= A[rows][kw] B[kw][kStrip] -----------------------------------------------------------
 
 template <bool Pairs>
@@ -50,11 +91,11 @@ FA_INLINE F multiply_add(F acc, U b, uint32_t a) {
 
 // Lda, Ldb: words between rows of A, and of B where that is known, which spares the loop its address arithmetic; 0 where
 // it isn't.
-// ask: what is multiplied later; a cache line is asked for every four steps. A burst of requests would take all of the
-// few that a core may have under way, and A's own would wait.
+// asked: what is multiplied later; a line is asked for every four steps, and two of `ahead` as long as there are some.
 template <int MR, bool Pairs, int NV, int Lda, int Ldb>
 __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t* __restrict b, int64_t ldb_, int64_t kw,
-                                    float* __restrict c, int64_t ldc, bool accumulate, const char* ask) {
+                                    float* __restrict c, int64_t ldc, bool accumulate, const char* asked,
+                                    Lines ahead) {
   const int64_t ldb = Ldb ? Ldb : ldb_;
   F acc[MR][NV];
 #pragma GCC unroll 16
@@ -82,8 +123,13 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
 #pragma GCC unroll 4
     for (int j = 0; j < turn; ++j) step(j);
     if constexpr (Ldb && W == 16) {
-      __builtin_prefetch(ask, 0, 2);
-      ask += 64;
+      __builtin_prefetch(asked, 0, 2);
+      asked += 64;
+      if (ahead.count > 0) {
+        __builtin_prefetch(ahead.p, 0, 2);
+        __builtin_prefetch(ahead.p + 64, 0, 2);
+        ahead = {ahead.p + 128, ahead.count - 2};
+      }
     }
     b += turn * ldb;
     a += turn;
@@ -102,7 +148,7 @@ __attribute__((noinline)) void tile(const uint32_t* __restrict a, const uint32_t
     }
 }
 
-using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool, const char*);
+using Tile = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t, bool, const char*, Lines);
 template <bool Pairs, int NV, int Lda, int Ldb, int... M>
 constexpr std::array<Tile, sizeof...(M)> tiles_of(std::integer_sequence<int, M...>) {
   return {tile<M + 1, Pairs, NV, Lda, Ldb>...};
@@ -121,6 +167,7 @@ struct Tiles {
   static constexpr int max_rows = FA_ROWS;
   static constexpr int64_t pass = Operand<T>::pairs ? 384 : 256;
   static constexpr bool whole = false, apart = false;
+  static constexpr bool asks = W == 16;  // a tile asks for what is read later
   // The one length of rows in memory that a tile is made for. Past some columns a copy is repaid: its rows fall on more
   // sets of the first-level cache.
   static constexpr bool reads_rows(int64_t k, int64_t columns = 0) {
@@ -129,19 +176,22 @@ struct Tiles {
   struct Session {};
   // One strip; rows of A are kStride words apart, or kBlock where reads_rows.
   static void run(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
-                  int64_t ldc, bool accumulate, const void* ask = nullptr) {
-    vectors<kStrip<T> / W>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, ask);
+                  int64_t ldc, bool accumulate, const char* asked = nullptr, Lines ahead = {}) {
+    vectors<kStrip<T> / W>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, asked, ahead);
   }
   // Of a strip the first W columns only.
   static void run_narrow(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
-                         int64_t ldc, bool accumulate, const void* ask = nullptr) {
-    vectors<1>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, ask);
+                         int64_t ldc, bool accumulate, const char* asked = nullptr, Lines ahead = {}) {
+    vectors<1>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, asked, ahead);
   }
 
  private:
   template <int NV>
   static void vectors(int rows, const uint32_t* a, [[maybe_unused]] int64_t lda, const uint32_t* b, int64_t ldb,
-                      int64_t kw, float* c, int64_t ldc, bool accumulate, const void* ask) {
+                      int64_t kw, float* c, int64_t ldc, bool accumulate, const char* asked, const Lines& ahead) {
+    const bool in_turn = asks && ldb == kStrip<T>;  // two lines every four steps
+    const Lines within = in_turn ? Lines{ahead.p, std::min(ahead.count, kw / 4 * 2)} : Lines{nullptr, 0};
+    ask({ahead.p + within.count * 64, ahead.count - within.count});
     using Rows = std::make_integer_sequence<int, FA_ROWS>;
     static constexpr auto packed = tiles_of<Operand<T>::pairs, NV, kStride, kStrip<T>>(Rows{});
     static constexpr auto loose = tiles_of<Operand<T>::pairs, NV, kStride, 0>(Rows{});
@@ -150,7 +200,7 @@ struct Tiles {
       static constexpr auto in_memory = tiles_of<Operand<T>::pairs, NV, kBlock, kStrip<T>>(Rows{});
       if (lda == kBlock) tiles = &in_memory;
     }
-    (*tiles)[rows - 1](a, b, ldb, kw, c, ldc, accumulate, (const char*)(ask ? ask : a));
+    (*tiles)[rows - 1](a, b, ldb, kw, c, ldc, accumulate, asked ? asked : (const char*)a, within);
   }
 };
 #if FA_BF16 == 2 || FA_BF16 == 3
@@ -305,12 +355,6 @@ FA_INLINE void multiply_panel(int rows, const uint32_t* a, const Pass& pass, int
                   accumulate);
 }
 
-// Asks for [from, to) of `of` equal shares of `bytes` from p on into the second-level cache; null asks for nothing.
-FA_INLINE void prefetch(const void* p, int64_t bytes, int64_t from, int64_t to, int64_t of) {
-  if (p == nullptr) return;
-  for (int64_t i = bytes * from / of / 64 * 64; i < bytes * to / of; i += 64)
-    __builtin_prefetch((const char*)p + i, 0, 2);
-}
 struct RowTile {  // rows [m, m + rows) of a block, all of one slot
   int64_t m, rows;
   int slot;
@@ -347,11 +391,12 @@ struct Waiting {
 };
 // For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
 // [rows][32] (or has done so while_in_registers, where a unit of its own multiplies), then epilogue(panel, tile, c), which
-// may not multiply and may come in parts of a tile's rows.
+// may not multiply and may come in parts of a tile's rows. `ahead` is asked for meanwhile.
 // tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
 template <class T, class Rows, class TileAt, class Add, class Epilogue>
 FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
-                                int64_t first, int64_t last, float* c, Add&& add, Epilogue&& epilogue) {
+                                int64_t first, int64_t last, float* c, const Ahead& ahead, Add&& add,
+                                Epilogue&& epilogue) {
   using Tl = Tiles<T>;
   [[maybe_unused]] typename Tl::Session session{};
   [[maybe_unused]] Waiting waiting;
@@ -364,19 +409,26 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
       const bool more = i_pass + 1 < k.count();
       // While this piece of B is multiplied, memory brings the one that follows it.
       const Pass& next = k[more ? i_pass + 1 : 0];
-      const auto* ask = (const char*)(next.b + (more ? panel : std::min(panel + 1, last - 1)) * next.panel_stride);
-      [[maybe_unused]] const int64_t lines = next.ldb == kStrip<T> ? next.words * kStrip<T> / 16 : 0;  // of a strip
+      const auto* wanted_next = (const char*)(next.b + (more ? panel : std::min(panel + 1, last - 1)) * next.panel_stride);
+      const bool asks = ahead.weights() && next.ldb == kStrip<T>;
+      [[maybe_unused]] const int64_t lines = asks ? next.words * kStrip<T> / 16 : 0;  // of a strip
+      const auto share = [&](int64_t i) {
+        return ahead.share(((panel - first) * k.count() + i_pass) * blocks + i, (last - first) * k.count() * blocks);
+      };
       if constexpr (Tl::apart) {
         for (int64_t i = 0; i < blocks; ++i) {
           const RowTile t = tile_at(i);
           float* tile = c + i * Tl::max_rows * 32;
-          const int64_t steps = pass.words / 16, share = (waiting.tile.rows + steps - 1) / steps;
-          const int64_t asks = lines / (blocks * steps);
-          const char* asked = ask + lines * i / blocks * 64;
+          const int64_t steps = pass.words / 16, some = (waiting.tile.rows + steps - 1) / steps;
+          const int64_t of_b = lines / (blocks * steps);
+          const char* asked = wanted_next + lines * i / blocks * 64;
+          const Lines mine = share(i);
+          const int64_t of_mine = (mine.count + steps - 1) / steps;
           Tl::run_beside(wanted <= W, (int)t.rows, a.row(t.m, pass.a), a.stride(), b, pass.words, tile, i_pass > 0,
                          [&](int64_t step, int64_t) __attribute__((always_inline)) {
-            for (int64_t line = 0; line < asks; ++line) __builtin_prefetch(asked + (step * asks + line) * 64, 0, 2);
-            waiting.some(step, share, epilogue);
+            ask({asked + step * of_b * 64, of_b});
+            ask({mine.p + step * of_mine * 64, of_mine});
+            waiting.some(step, some, epilogue);
           }, [&](bool two) __attribute__((always_inline)) {
             if (!more) add.while_in_registers(two, panel, t);
           });
@@ -394,7 +446,8 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
             float* tile = c + i * Tl::max_rows * 32;
             run((int)t.rows, a.row(t.m, pass.a), a.stride(), b + strip * pass.strip_stride, pass.ldb, pass.words,
                 tile + strip * kStrip<T>, 32, i_pass > 0,
-                lines ? ask + strip * next.strip_stride * 4 + lines * i / blocks * 64 : nullptr);
+                lines ? wanted_next + strip * next.strip_stride * 4 + lines * i / blocks * 64 : nullptr,
+                strip == 0 ? share(i) : Lines{});
             if (!ready) continue;
             add(panel, t, tile);
             epilogue(panel, t, tile);
@@ -412,22 +465,22 @@ struct NothingToAdd {
 // The same over all rows, with nothing to add; epilogue(panel, m, rows, c).
 template <class T, class Rows, class Epilogue>
 FA_INLINE void product(const Rows& a, int64_t rows, const Passes<T>& k, int64_t first, int64_t last, float* c,
-                       Epilogue&& epilogue) {
+                       const Ahead& ahead, Epilogue&& epilogue) {
   const int64_t tiles = tiles_in<T>(rows);
   product_of_tiles<T>(a, tiles, [&](int64_t i) { return tile_of<T>(rows, i, tiles); }, k, last * 32, first, last, c,
-                      NothingToAdd{},
+                      ahead, NothingToAdd{},
                       [&](int64_t panel, const RowTile& t, const float* tile) { epilogue(panel, t.m, t.rows, tile); });
 }
 // The product into out [rows][ldo], which has room for 32 more rows and for whole panels.
-template <class T, class Before>
+template <class T>
 FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t panels, float* c, float* out,
-                            int64_t ldo, Before&& before_panel) {
+                            int64_t ldo, const Ahead& ahead) {
   using Tl = Tiles<T>;
   if (k.count() == 1) {  // a tile may write rows past its own: the next one, made later, puts them right
     [[maybe_unused]] typename Tl::Session session{};
     const int64_t tiles = tiles_in<T>(rows);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      before_panel(panel);
+      ask(ahead.share(panel, panels));
       for (int64_t i = 0; i < tiles; ++i) {
         const RowTile t = tile_of<T>(rows, i, tiles);
         multiply_panel<T>((int)t.rows, a.row(t.m, 0), k[0], panel, out + t.m * ldo + panel * 32, ldo, false);
@@ -435,7 +488,7 @@ FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, i
     }
     return;
   }
-  product<T>(a, rows, k, 0, panels, c, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  product<T>(a, rows, k, 0, panels, c, ahead, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int64_t r = 0; r < mr; ++r)
       for (int v = 0; v < kNV; ++v) store(out + (m + r) * ldo + panel * 32 + v * W, load(tile + r * 32 + v * W));
   });
@@ -445,8 +498,9 @@ FA_INLINE int64_t tile_scratch(int64_t rows) { return (padded_rows(rows) + 32) *
 
 // -- packing B -------------------------------------------------------------------------------------------------------
 
+// part: of every 32 columns the even ones, then the odd ones, where T is multiplied in pairs.
 template <class T, class S>
-void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_t* words) {
+void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, bool part, uint32_t* words) {
   const int64_t kw = words_of<T>(k), panels = (n + 31) / 32;
   auto value = [&](int64_t i, int64_t j) -> float {
     if (i >= k || j >= n) return 0.0f;
@@ -460,6 +514,8 @@ void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_
       return v;
     }
   };
+  const bool parts = part && Operand<T>::pairs;
+  auto column = [&](int64_t j) { return parts ? j % 16 * 2 + j / 16 : j; };  // of a panel's 32, where column j is made
   for (int64_t p = 0; p < panels; ++p) {
     uint32_t* panel = words + p * kw * 32;
     const int64_t columns = std::min<int64_t>(32, n - p * 32);
@@ -474,8 +530,9 @@ void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_
       for (int64_t j = 0; j < 32; j += W) {
         float lanes[2][W];
         for (int l = 0; l < W; ++l) {
-          lanes[0][l] = value(i * Operand<T>::per_word, p * 32 + j + l);
-          lanes[1][l] = Operand<T>::pairs ? value(i * 2 + 1, p * 32 + j + l) : 0.0f;
+          const int64_t from = p * 32 + column(j + l);
+          lanes[0][l] = value(i * Operand<T>::per_word, from);
+          lanes[1][l] = Operand<T>::pairs ? value(i * 2 + 1, from) : 0.0f;
         }
         U word;
         if constexpr (Operand<T>::pairs)

@@ -19,13 +19,13 @@ inline int64_t packed_words(DType t, int64_t k, int64_t n) {
   return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * ((n + 31) / 32 * 32);
 }
 inline void pack(DType compute, DType source, const void* src, int64_t k, int64_t n, int64_t sk, int64_t sn,
-                 uint32_t* words) {
+                 bool part, uint32_t* words) {
   if (compute == DType::f32)
-    source == DType::f32 ? pack_as<float>((const float*)src, k, n, sk, sn, words)
-                         : pack_as<float>((const bf16*)src, k, n, sk, sn, words);
+    source == DType::f32 ? pack_as<float>((const float*)src, k, n, sk, sn, part, words)
+                         : pack_as<float>((const bf16*)src, k, n, sk, sn, part, words);
   else
-    source == DType::f32 ? pack_as<bf16>((const float*)src, k, n, sk, sn, words)
-                         : pack_as<bf16>((const bf16*)src, k, n, sk, sn, words);
+    source == DType::f32 ? pack_as<bf16>((const float*)src, k, n, sk, sn, part, words)
+                         : pack_as<bf16>((const bf16*)src, k, n, sk, sn, part, words);
 }
 #define FA_ENTRY(op, Params)                                 \
   inline void op(const Params& p, Parallel parallel) {       \

@@ -234,9 +234,9 @@ constexpr int kMaxPasses = 512;  // passes of 128 words or more: 65,536 floats o
 struct Table {
   const char* name;
   int64_t (*packed_words)(DType compute, int64_t k, int64_t n);
-  // src(k, n) = src[k * stride_k + n * stride_n]
+  // src(k, n) = src[k * stride_k + n * stride_n]; `part`: of every 32 columns of n the even ones first
   void (*pack)(DType compute, DType source, const void* src, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
-               uint32_t* words);
+               bool part, uint32_t* words);
   void (*linear_forward)(const LinearForward&, Parallel);
   void (*linear_backward)(const LinearBackward&, Parallel);
   void (*bottleneck_forward)(const BottleneckForward&, Parallel);

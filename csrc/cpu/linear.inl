@@ -156,7 +156,7 @@ void low_product(const LowRank& l, const Rows& from, int64_t start, const ABlock
   Passes<T> k(start);
   k.add_packed(l.down.words, words_of<T>(l.down.k));
   product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, l.rank, 0,
-                      (l.rank + 31) / 32, c, NothingToAdd{}, [&](int64_t panel, const RowTile& t, const float* tile) {
+                      (l.rank + 31) / 32, c, Ahead(), NothingToAdd{}, [&](int64_t panel, const RowTile& t, const float* tile) {
     for (int64_t r = 0; r < t.rows; ++r) {
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W, n = l.rank - col;
@@ -239,7 +239,7 @@ void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, 
       words_over_rows<T>(right + col, right_stride, rows, std::min<int64_t>(32, n - col), words, 32);
       k.add(words, 0, 32, kw);
     }
-    product<T>(a, m, k, 0, 1, c, [&](int64_t, int64_t first, int64_t count, const float* tile) {
+    product<T>(a, m, k, 0, 1, c, Ahead(), [&](int64_t, int64_t first, int64_t count, const float* tile) {
       for (int64_t r = 0; r < count; ++r)
         for (int v = 0; v < kNV; ++v) {
           float* to = out + (first + r) * ldo + col + v * W;
@@ -302,7 +302,6 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         low.count ? extras_of<T>(low, at, passes, extras, [&](const LowRank& l) { return l.owner == w; }) : nullptr;
     auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
       const int64_t m = t.m, mr = t.rows;
-      if (w == 0) prefetch(next, bytes, panel * rows + m, panel * rows + m + mr, panels * rows);
       // The common cases apart: nothing but arithmetic in their loops.
       if (n - panel * 32 >= 32 && !keep && !p.z) {
         const int64_t col = offset + panel * 32;
@@ -349,9 +348,11 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         }
       }
     };
+    Ahead ahead;
+    if (w == 0) ahead.add(next, bytes);
     auto multiply = [&](const auto& from) {
       product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]),
-                          panels * 32, panels * column / columns, panels * (column + 1) / columns, c,
+                          panels * 32, panels * column / columns, panels * (column + 1) / columns, c, ahead,
                           Adding<T, NothingToAdd>{a, extra, nothing}, epilogue);
     };
     with_rows<T>(direct, (const T*)p.x + r0 * p.k, p.k, a, multiply);
@@ -523,10 +524,12 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
                           [](const LowRank& l) { return !l.drop.on; });
   float* apart = dropping ? s.get<float>(12, (Tiles<T>::max_rows + 32) * 32) : nullptr;
   const int64_t panels = (p.n + 31) / 32, elements = rows * p.k, after = r0 * p.k + elements;
-  const bool more = r0 + 2 * rows <= p.rows;
-  const void* next_dy = more ? (const T*)p.dy + after : nullptr;
-  const void* next_code = more && p.code ? p.code + after : nullptr;
-  const void* next_z = more && p.z ? (const T*)p.z + after : nullptr;
+  Ahead next;
+  if (r0 + 2 * rows <= p.rows) {
+    next.add((const T*)p.dy + after, elements * (int64_t)sizeof(T));
+    if (p.code) next.add(p.code + after, elements);
+    if (p.z) next.add((const T*)p.z + after, elements * (int64_t)sizeof(T));
+  }
   auto dropped_terms = [&](int64_t panel, const RowTile& t, float* tile) {
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
@@ -543,19 +546,15 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     }
   };
   auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
-    const int64_t m = t.m, mr = t.rows, from = panel * rows + m, to = from + mr;
-    prefetch(next_dy, elements * (int64_t)sizeof(T), from, to, panels * rows);
-    prefetch(next_code, elements, from, to, panels * rows);
-    prefetch(next_z, elements * (int64_t)sizeof(T), from, to, panels * rows);
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= p.n) break;
-      for (int64_t r = 0; r < mr; ++r)
-        store_n((T*)p.dx + (r0 + m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
+      for (int64_t r = 0; r < t.rows; ++r)
+        store_n((T*)p.dx + (r0 + t.m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
     }
   };
   product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
-                      panels * column / columns, panels * (column + 1) / columns, c,
+                      panels * column / columns, panels * (column + 1) / columns, c, next,
                       Adding<T, decltype(dropped_terms)>{a, extras, dropped_terms}, epilogue);
 }
 

@@ -36,45 +36,36 @@ FA_INLINE Moments row_moments(const S* s, int64_t n, float estimate, float eps) 
   const float shift = sum4(left) / (float)n;
   return {estimate + shift, 1.0f / std::sqrt(sum4(squares) / (float)n - shift * shift + eps)};
 }
-template <bool Whole, class S, class T>
+// Stream: past the caches, for floats.
+template <bool Whole, bool Stream = false, class S, class T>
 FA_INLINE void normalise(const S* s, int64_t n, const Moments& m, const float* weight, const float* bias, T* y) {
+  const float shift = -m.mean * m.rstd;
   four_chains(n, [&](int64_t i, int) {
-    const F x = (load_n<Whole>(s + i, n - i) - m.mean) * m.rstd;
-    store_n<Whole>(y + i, x * load_n<Whole>(weight + i, n - i) + load_n<Whole>(bias + i, n - i), n - i);
+    const F x = load_n<Whole>(s + i, n - i) * m.rstd + shift;
+    const F value = x * load_n<Whole>(weight + i, n - i) + load_n<Whole>(bias + i, n - i);
+    if constexpr (Stream) stream(y + i, value);
+    else store_n<Whole>(y + i, value, n - i);
   });
 }
 
-// What a row's moments are made of, taken while its elements are in registers, 32 columns at a time.
+// What a row's moments are made of, taken while its elements are in registers, 32 columns at a time; start comes with the
+// first of them. The sums of some rows cancel: such a row is passed over again.
 template <class T>
-struct RowStatistics {  // float: an estimate of the mean; the row is passed over again
-  F total;
-  FA_INLINE void add(bool first, const F (&v)[kNV], int64_t valid) {
-    F t = first ? F{} : total;
-    for (int i = 0; i < kNV; ++i) t = t + tail_zeroed(v[i], valid - i * W);
-    total = t;
-  }
-  template <bool Whole>
-  FA_INLINE Moments moments(const T* row, int64_t n, float eps) const {
-    return row_moments<Whole>(row, n, sum(total) / (float)n, eps);
-  }
-};
-// bfloat16: sums of distances from the mean of the first 32 columns, and of their squares, of elements as they are stored.
-// Those 32 are part of the row, so the square of their distance from its mean is at most n / 32 variances: little cancels.
-template <>
-struct RowStatistics<bf16> {
+struct RowStatistics {  // of distances from the mean of the first 32 columns
   F total, squares;
   float origin;
-  FA_INLINE void add(bool first, const F (&v)[kNV], int64_t valid) {
+  FA_INLINE void start(const float* row, int64_t valid) {
+    total = squares = F{};
+    F all = F{};
+    for (int i = 0; i < kNV && i * W < valid; ++i) all = all + load_n(row + i * W, valid - i * W);
+    origin = sum(all) / (float)std::min<int64_t>(32, valid);
+  }
+  FA_INLINE void add(const float* row, int64_t valid) {  // 32 columns, or those that there are
     F t = total, q = squares;
-    if (first) {
-      F all = F{};
-      for (int i = 0; i < kNV; ++i) all = all + tail_zeroed(v[i], valid - i * W);
-      origin = sum(all) / (float)std::min<int64_t>(32, valid);
-      t = q = F{};
-    }
 #pragma GCC unroll 8
     for (int i = 0; i < kNV; ++i) {
-      const F d = tail_zeroed(rounded<bf16>(v[i]) - origin, valid - i * W);
+      if (i * W >= valid) break;
+      const F d = tail_zeroed(load_n(row + i * W, valid - i * W) - origin, valid - i * W);
       t = t + d;
       q = q + d * d;
     }
@@ -82,11 +73,109 @@ struct RowStatistics<bf16> {
     squares = q;
   }
   template <bool Whole>
-  FA_INLINE Moments moments(const bf16*, int64_t n, float eps) const {
+  FA_INLINE Moments moments(const T* row, int64_t n, float eps) const {
     const float shift = sum(total) / (float)n, variance = sum(squares) / (float)n - shift * shift;
-    return {origin + shift, 1.0f / std::sqrt(std::max(variance, 0.0f) + eps)};
+    if (shift * shift <= variance) return {origin + shift, 1.0f / std::sqrt(variance + eps)};
+    return row_moments<Whole>(row, n, origin + shift, eps);
   }
 };
+// bfloat16: of the elements as they are stored. Their products are exact in float, so that the variance is right to some
+// 2^-18 of the mean's square.
+template <>
+struct RowStatistics<bf16> {
+  F total, squares;
+  FA_INLINE void start(const bf16*, int64_t) { total = squares = F{}; }
+  FA_INLINE void add(U words) {
+    total = add_dots(total, words, U{} + 0x3f803f80u);  // ones
+    squares = add_dots(squares, words, words);
+  }
+  FA_INLINE void add(const RowStatistics& other) {
+    total = total + other.total;
+    squares = squares + other.squares;
+  }
+  FA_INLINE void add(const bf16* row, int64_t valid) {  // 32 columns, or those that there are
+    bf16 columns[32] = {};
+    if (valid < 32) {
+      std::memcpy(columns, row, sizeof(bf16) * valid);
+      row = columns;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kWordVectors; ++i) add(load_words(row + i * 2 * W));
+  }
+  template <bool Whole>
+  FA_INLINE Moments moments(const bf16* row, int64_t n, float eps) const {
+    const float mean = sum(total) / (float)n, variance = sum(squares) / (float)n - mean * mean;
+    if (mean * mean <= 64.0f * variance) return {mean, 1.0f / std::sqrt(variance + eps)};
+    return row_moments<Whole>(row, n, mean, eps);
+  }
+};
+
+// LayerNorm's weight and bias for rows of bfloat16 in words: of each 32 columns the even ones, then the odd ones.
+struct PartedNorm {
+  float *weight, *bias;
+  int64_t n;
+  PartedNorm(float* room, const float* w, const float* b, int64_t columns)
+      : weight(room), bias(room + columns), n(columns) {
+    for (int64_t i = 0; i < n; i += 32) {
+      part(w + i, weight + i);
+      part(b + i, bias + i);
+    }
+  }
+  template <bool Stream>
+  FA_INLINE void normalise(const bf16* s, const Moments& m, bf16* y) const {
+    const float shift = -m.mean * m.rstd;
+    for (int64_t i = 0; i < n; i += 32) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWordVectors; ++v) {
+        const U words = load_words(s + i + v * 2 * W);
+        const float *w = weight + i + v * W, *b = bias + i + v * W;
+        const U value = joined((even(words) * m.rstd + shift) * load(w) + load(b),
+                               (odd(words) * m.rstd + shift) * load(w + 16) + load(b + 16));
+        if constexpr (Stream) stream_words(y + i + v * 2 * W, value);
+        else store_words(y + i + v * 2 * W, value);
+      }
+    }
+  }
+
+ private:
+  static void part(const float* from, float* to) {
+    F values[kNV], parts[kNV];
+    for (int i = 0; i < kNV; ++i) values[i] = load(from + i * W);
+    parted(values, parts);
+    store_row(to, parts);
+  }
+};
+
+// Rows that lie one after another; `room` is for 2 n floats. stream: whether y is stored past the caches, which only
+// stores of whole lines are.
+template <class T>
+FA_INLINE void normalise_rows(const T* s, int64_t rows, int64_t n, const RowStatistics<T>* statistics,
+                              const float* weight, const float* bias, float eps, bool stream, float* room, T* y) {
+  const auto each = [&](auto whole, auto&& one) {
+    for (int64_t r = 0; r < rows; ++r)
+      one(s + r * n, statistics[r].template moments<decltype(whole)::value>(s + r * n, n, eps), y + r * n);
+  };
+  if constexpr (Operand<T>::pairs) {
+    if (n % 32 == 0) {
+      const PartedNorm norm(room, weight, bias, n);
+      if (stream) each(std::true_type{}, [&](auto... row) { norm.template normalise<true>(row...); });
+      else each(std::true_type{}, [&](auto... row) { norm.template normalise<false>(row...); });
+      if (stream) end_of_stream();
+      return;
+    }
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (stream) {
+      each(std::true_type{}, [&](const T* row, const Moments& m, T* to) {
+        normalise<true, true>(row, n, m, weight, bias, to);
+      });
+      return end_of_stream();
+    }
+  }
+  with_whole(n, [&](auto whole) {
+    each(whole, [&](const T* row, const Moments& m, T* to) { normalise<whole>(row, n, m, weight, bias, to); });
+  });
+}
 
 // Sums over rows run in two steps, so that a long sum rounds no worse than PyTorch's: kNear rows into `near`, those
 // into `far`. Both have the length `size`.
@@ -143,9 +232,35 @@ FA_INLINE void with_row_kind(int64_t n, bool sums, Fn&& fn) {
   });
 }
 
+// Rows [first, last) of bfloat16 whose columns are whole groups of 32, without dropout.
+inline void add_norm_parted_rows(const AddNormForward& p, int64_t first, int64_t last) {
+  const int64_t h = p.hidden;
+  const PartedNorm norm(scratch().get<float>(0, 2 * h), p.norm_weight, p.norm_bias, h);
+  bf16* sums = scratch().get<bf16>(1, h);
+  for (int64_t at = first * h; at < last * h; at += h) {
+    const bf16 *x = (const bf16*)p.x + at, *residual = p.residual ? (const bf16*)p.residual + at : nullptr;
+    bf16* s = p.s ? (bf16*)p.s + at : sums;
+    RowStatistics<bf16> chains[2];  // two, because a sum waits for the one before it
+    for (auto& chain : chains) chain.start(s, h);
+    for (int64_t i = 0; i < h; i += 2 * W) {
+      U words = load_words(x + i);
+      if (residual) {
+        const U other = load_words(residual + i);
+        words = joined(even(words) + even(other), odd(words) + odd(other));
+      }
+      store_words(s + i, words);
+      chains[i / (2 * W) % 2].add(words);
+    }
+    chains[0].add(chains[1]);
+    norm.normalise<false>(s, chains[0].moments<true>(s, h, p.eps), (bf16*)p.y + at);
+  }
+}
+
 template <class T>
 void add_norm_forward_rows(const AddNormForward& p, int64_t first, int64_t last) {
   const int64_t h = p.hidden;
+  if constexpr (Operand<T>::pairs)
+    if (h % 32 == 0 && !p.drop.on) return add_norm_parted_rows(p, first, last);
   float* sums = scratch().get<float>(0, h + W);
   int8_t* keep = p.drop.on ? scratch().get<int8_t>(1, h + 64) : nullptr;
   with_whole(h, [&](auto whole) {

@@ -8,7 +8,7 @@
 
 namespace fastadapt::cpu {
 
-enum class Layout { plain, transposed };  // B = w, B = w^T
+enum class Layout { plain, transposed, parted };  // B = w, B = w^T, B = w^T whose columns a kernel wants apart (pack)
 
 class PackedWeight {
  public:

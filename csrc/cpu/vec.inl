@@ -78,7 +78,56 @@ FA_INLINE void store_row(bf16* p, const F (&v)[kNV]) {
   for (int i = 0; i < kNV; ++i) store(p + i * W, v[i]);
 #endif
 }
-// The same past the caches, for a result too large to be found there again: a store that misses them brings its line
+// 32 columns as words of two bfloat16, an even column in the low half and the odd one after it in the high half. Apart they
+// are a shift and a mask; in the order of memory each half takes a conversion.
+constexpr int kWordVectors = kNV / 2;
+FA_INLINE U load_words(const bf16* p) { U v; std::memcpy(&v, p, sizeof v); return v; }
+FA_INLINE void store_words(bf16* p, U v) { std::memcpy(p, &v, sizeof v); }
+FA_INLINE F even(U words) { return (F)(words << 16); }
+FA_INLINE F odd(U words) { return (F)(words & 0xffff0000u); }
+FA_INLINE U joined(F even, F odd) {
+#if FA_BF16 == 1 || FA_BF16 == 2
+  typedef uint16_t U32x16 __attribute__((vector_size(64)));
+  constexpr U32x16 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (U)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
+  return round_bf16_bits(even) | (round_bf16_bits(odd) << 16);
+#endif
+}
+// sums + even(a) even(b) + odd(a) odd(b)
+FA_INLINE F add_dots(F sums, U a, U b) {
+#if FA_BF16 == 1 || FA_BF16 == 2
+  return (F)_mm512_dpbf16_ps((__m512)sums, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+#else
+  return sums + even(a) * even(b) + odd(a) * odd(b);
+#endif
+}
+// Lanes 2 i + start of a and b one after another, and lanes of a and b by turns, of their first or second halves.
+FA_INLINE F every_second(F a, F b, int start) {
+  I lanes = {};
+  for (int i = 0; i < W; ++i) lanes[i] = 2 * i + start;
+  return __builtin_shuffle(a, b, lanes);
+}
+FA_INLINE F by_turns(F a, F b, int half) {
+  I lanes = {};
+  for (int i = 0; i < W; ++i) lanes[i] = i / 2 + half * (W / 2) + i % 2 * W;
+  return __builtin_shuffle(a, b, lanes);
+}
+// 32 columns from the order of memory to "16 even, 16 odd", and back.
+FA_INLINE void parted(const F (&from)[kNV], F (&to)[kNV]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kNV; ++i) {
+    const int first = i % kWordVectors * 2;
+    to[i] = every_second(from[first], from[first + 1], i / kWordVectors);
+  }
+}
+FA_INLINE void unparted(const F (&from)[kNV], F (&to)[kNV]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kNV; ++i) to[i] = by_turns(from[i / 2], from[i / 2 + kWordVectors], i % 2);
+}
+
+// store_row past the caches, for a result too large to be found there again: a store that misses them brings its line
 // first, and everything waits for it. Whole lines only.
 constexpr int64_t kStreamed = int64_t{8} << 20;
 #if FA_WIDTH == 16
@@ -96,11 +145,15 @@ FA_INLINE void stream_row(bf16* p, const F (&v)[kNV]) {
   std::memcpy(&line, row, sizeof line);
   _mm512_stream_si512((__m512i*)p, line);
 }
+FA_INLINE void stream(float* p, F v) { _mm512_stream_ps(p, (__m512)v); }
+FA_INLINE void stream_words(bf16* p, U v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
 FA_INLINE void end_of_stream() { _mm_sfence(); }
 #else
 FA_INLINE bool streams(const void*, int64_t, int64_t) { return false; }
 template <class T>
 FA_INLINE void stream_row(T* p, const F (&v)[kNV]) { store_row(p, v); }
+FA_INLINE void stream(float* p, F v) { store(p, v); }
+FA_INLINE void stream_words(bf16* p, U v) { store_words(p, v); }
 FA_INLINE void end_of_stream() {}
 #endif
 
@@ -445,6 +498,21 @@ FA_INLINE F dropped(F v, const int8_t* keep, float keep_scale) {
   std::memcpy(&k, keep, W);
   I mask = __builtin_convertvector(k, I);
   return (F)(bits(v * keep_scale) & (U)mask);
+#endif
+}
+
+// The same for 2 W columns that stand apart, even ones in `evens`.
+FA_INLINE void drop_parted(F& evens, F& odds, const int8_t* keep, float keep_scale) {
+#if FA_WIDTH == 16
+  const uint32_t kept = _mm256_movepi8_mask(_mm256_loadu_si256((const __m256i*)keep));
+  const __m512 factor = _mm512_set1_ps(keep_scale);
+  evens = (F)_mm512_maskz_mul_ps((__mmask16)_pext_u32(kept, 0x55555555u), (__m512)evens, factor);
+  odds = (F)_mm512_maskz_mul_ps((__mmask16)_pext_u32(kept, 0xaaaaaaaau), (__m512)odds, factor);
+#else
+  int8_t halves[2][W];
+  for (int i = 0; i < 2 * W; ++i) halves[i % 2][i / 2] = keep[i];
+  evens = dropped(evens, halves[0], keep_scale);
+  odds = dropped(odds, halves[1], keep_scale);
 #endif
 }
 
