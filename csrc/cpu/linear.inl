@@ -156,7 +156,8 @@ void low_product(const LowRank& l, const Rows& from, int64_t start, const ABlock
   Passes<T> k(start);
   k.add_packed(l.down.words, words_of<T>(l.down.k));
   product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, l.rank, 0,
-                      (l.rank + 31) / 32, c, Ahead(), NothingToAdd{}, [&](int64_t panel, const RowTile& t, const float* tile) {
+                      (l.rank + 31) / 32, c, Ahead(), NothingToAdd{},
+                      [&](int64_t panel, const RowTile& t, const float* tile) {
     for (int64_t r = 0; r < t.rows; ++r) {
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W, n = l.rank - col;
