@@ -208,25 +208,32 @@ __attribute__((noinline)) int64_t list_large(const Lane* raw, const std::make_si
   return count;
 }
 
-// A row of codes of a tile. Nobody reads them soon, and a whole line of them need not be fetched before it is written.
 #if FA_WIDTH == 16
-FA_INLINE __m512i line_of(const U8 (&codes)[kMergeVectors]) {
-  __m512i line = _mm512_castsi128_si512((__m128i)codes[0]);
-  line = _mm512_inserti32x4(line, (__m128i)codes[1], 1);
-  line = _mm512_inserti32x4(line, (__m128i)codes[2], 2);
-  return _mm512_inserti32x4(line, (__m128i)codes[3], 3);
+// The low bytes of a tile's row of codes in one line, by two or three instructions a vector fewer than one by one.
+FA_INLINE __m512i line_of(const Pairs (&codes)[2]) {
+  const __m512i low = _mm512_set1_epi16(0xff), order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i a = _mm512_and_si512((__m512i)codes[0], low), b = _mm512_and_si512((__m512i)codes[1], low);
+  return _mm512_permutexvar_epi64(order, _mm512_packus_epi16(a, b));
 }
-FA_INLINE __m512i line_of(const PairBytes (&codes)[kMergeVectors / 2]) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)codes[0]), (__m256i)codes[1], 1);
+FA_INLINE __m512i line_of(const U (&codes)[4]) {
+  const __m512i low = _mm512_set1_epi32(0xff);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i bytes[4];
+  for (int i = 0; i < 4; ++i) bytes[i] = _mm512_and_si512((__m512i)codes[i], low);
+  const __m512i a = _mm512_packus_epi32(bytes[0], bytes[1]), b = _mm512_packus_epi32(bytes[2], bytes[3]);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b));
 }
 #endif
-template <bool Whole, class Codes>
-FA_INLINE void store_codes(int8_t* to, const Codes& codes, int64_t n) {
+// A row of codes of a tile. Nobody reads them soon, and a whole line of them need not be fetched before it is written.
+template <bool Whole, class Bytes, class Code, int N>
+FA_INLINE void store_codes(int8_t* to, const Code (&codes)[N], int64_t n) {
 #if FA_WIDTH == 16
   if (Whole && (reinterpret_cast<uintptr_t>(to) & 63) == 0)
     return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line_of(codes));
 #endif
-  std::memcpy(to, codes, static_cast<size_t>(Whole ? sizeof codes : n));
+  Bytes bytes[N];
+  for (int i = 0; i < N; ++i) bytes[i] = low_bytes(codes[i]);
+  std::memcpy(to, bytes, static_cast<size_t>(Whole ? sizeof bytes : n));
 }
 
 // Asks for the `bytes` of a row that comes next: the hardware loses track of rows that end after a group of panels.
@@ -267,7 +274,6 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
     int8_t* bytes = p.codes + at;
     U raws[groups];
     Code codes[groups], large = {};
-    typename Store::Bytes packed[groups];
     ask_for(w + ahead, width * static_cast<int64_t>(sizeof(Word)));
     if (Step == MergeStep::out_exact) ask_for(bytes + ahead, width);
 #pragma GCC unroll 4
@@ -291,13 +297,12 @@ FA_INLINE F merge_tile(MergeRows& p, const float* a, int64_t row, int64_t col, i
         for (int k = 0; k < parts; ++k) x[k] = x[k] - delta[k];
         raws[g] = raw;
         codes[g] = (Code)raw - (Code)Store::pack(x);
-        packed[g] = low_bytes(codes[g]);
         large = large | (codes[g] + 128);
       }
       store_raw<Store>(w + g * span, after, left);
     }
     if constexpr (Step == MergeStep::in_exact) {
-      store_codes<Whole>(bytes, packed, n);
+      store_codes<Whole, typename Store::Bytes>(bytes, codes, n);
       if (__builtin_expect(any_of((U)(large & ~(Code{} + 255))), 0)) {
         Lane raw[width];  // copies, so that the common path keeps its own in registers
         std::make_signed_t<Lane> code[width];

@@ -10,7 +10,7 @@ typedef uint16_t bf16;
 
 constexpr int W = FA_WIDTH;
 
-FA_INLINE F set1(float v) { return F{} + v; }
+FA_INLINE F set1(float v) { return v - F{}; }  // v + 0 would be an addition: it makes -0 another value
 FA_INLINE F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
 FA_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 FA_INLINE U bits(F v) { return (U)v; }
