@@ -155,7 +155,7 @@ void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
     blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
     parallel_for(parallel, blocks, [&](int64_t block) {
       const int64_t r0 = part_start<T>(p.rows, block, blocks), r1 = part_start<T>(p.rows, block + 1, blocks);
-      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, block < p.threads);
+      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, begins_share(block, blocks, p.threads));
     });
   });
 }

@@ -4,6 +4,12 @@ void parallel_for(Parallel parallel, int64_t tasks, Fn&& fn) {
   parallel(tasks, [](int64_t task, void* context) { (*(std::remove_reference_t<Fn>*)context)(task); }, (void*)&fn);
 }
 
+// Whether a task is the first of a thread's share (csrc/each.h).
+inline bool begins_share(int64_t task, int64_t tasks, int64_t threads) {
+  threads = std::min(threads, tasks);
+  return tasks * ((task * threads + tasks - 1) / tasks) / threads == task;
+}
+
 // Adds `count` partial vectors of n floats in their order.
 inline void ordered_sum(const float* parts, int64_t count, int64_t n, int64_t stride, float* out) {
   for (int64_t i = 0; i < n; i += W) {
