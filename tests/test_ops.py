@@ -721,6 +721,27 @@ def test_statistics_are_those_of_the_sum_as_it_is_stored():
 
 
 @pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="no C++ kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_the_same_for_any_number_of_threads(dtype):
+    """Each thread has a share of the blocks and helps others with theirs: none is left out, whatever their numbers."""
+    generator = torch.Generator().manual_seed(12)
+    x, residual = (torch.randn(700, 64, generator=generator).to(dtype) for _ in range(2))
+    down, up = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((16, 64), (64, 16)))
+    norm = {"norm_weight": torch.ones(64).to(dtype), "norm_bias": torch.zeros(64).to(dtype)}
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5, 300):
+            torch.set_num_threads(count)
+            with fa.backend("cpu"):
+                y = fa.ops.bottleneck(x, down, None, up, None, residual=residual, **norm)
+                found.append((y, fa.ops.linear(x, torch.cat([down] * 9))))
+    finally:
+        torch.set_num_threads(threads)
+    for y, z in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(z, found[0][1])
+
+
+@pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="no C++ kernels here")
 def test_packed_weights_are_their_own_while_others_come_and_go():
     """Weights of half a megabyte lie in blocks that several share; some are dropped, changed and replaced."""
     generator = torch.Generator().manual_seed(11)
