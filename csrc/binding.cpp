@@ -573,7 +573,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
   }
   const Tensor slot_of = rows.contiguous();
   const std::vector<SlotBlock> blocks = slot_blocks(slot_of, count);
-  table.bottleneck_rows_forward({type, of.data(), blocks.data(), static_cast<int64_t>(blocks.size())}, run_parallel);
+  table.bottleneck_rows_forward(
+      {type, of.data(), blocks.data(), static_cast<int64_t>(blocks.size()), at::get_num_threads()}, run_parallel);
   return {y, z, s};
 }
 

@@ -79,8 +79,9 @@ struct SumColumns {
   }
 };
 
+// next: how many of the rows after these the same thread takes then; weights_far: whether W_down and W_up may be far away.
 template <class T, Act A>
-void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows, bool weights_far) {
+void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows, int64_t next, bool weights_far) {
   Scratch& scr = scratch();
   const int64_t h = p.hidden, b = p.b, keep_stride = (h + 63) / 64 * 64;
   ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
@@ -101,7 +102,7 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
   // While the products compute, memory brings what is read after them: the residual, then the next block of x.
   Ahead after_down(weights_far), after_up(weights_far);
   after_down.add(residual, bytes);
-  if (r0 + 2 * rows <= p.rows) after_up.add((const T*)p.x + (r0 + rows) * h, bytes);
+  after_up.add((const T*)p.x + (r0 + rows) * h, next * h * (int64_t)sizeof(T));
   auto middle = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
@@ -155,7 +156,8 @@ void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
     blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
     parallel_for(parallel, blocks, [&](int64_t block) {
       const int64_t r0 = part_start<T>(p.rows, block, blocks), r1 = part_start<T>(p.rows, block + 1, blocks);
-      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, begins_share(block, blocks, p.threads));
+      const int64_t next = has_next(block, blocks, p.threads) ? part_start<T>(p.rows, block + 2, blocks) - r1 : 0;
+      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, next, begins_share(block, blocks, p.threads));
     });
   });
 }
@@ -168,7 +170,8 @@ struct BottleneckGrads {
 };
 
 template <class T, Act A>
-void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t rows, const BottleneckGrads& grads) {
+void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t rows, int64_t following,
+                               const BottleneckGrads& grads) {
   Scratch& scr = scratch();
   const int64_t h = p.hidden, b = p.b, hp = (h + 31) / 32 * 32, bp = (b + 31) / 32 * 32;
   const bool weights = p.dw_down != nullptr;
@@ -219,10 +222,9 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   const int64_t bytes = rows * h * (int64_t)sizeof(T);
   Ahead own_x, next;
   if (weights && p.x) own_x.add((const T*)p.x + r0 * h, bytes);
-  if (r0 + 2 * rows <= p.rows) {
-    next.add((const T*)p.dy + (r0 + rows) * h, bytes);
-    if (p.s) next.add((const T*)p.s + (r0 + rows) * h, bytes);
-  }
+  const int64_t after = (r0 + rows) * h, bytes_after = following * h * (int64_t)sizeof(T);
+  next.add((const T*)p.dy + after, bytes_after);
+  if (p.s) next.add((const T*)p.s + after, bytes_after);
 
   float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
   float* a_rows = weights ? scr.get<float>(8, rows * bp) : nullptr;
@@ -304,7 +306,8 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t r0 = first + part_start<T>(last - first, i, blocks);
         const int64_t r1 = first + part_start<T>(last - first, i + 1, blocks);
-        bottleneck_backward_block<T, a.value>(p, r0, r1 - r0, grads);
+        const int64_t r2 = i + 1 < blocks ? first + part_start<T>(last - first, i + 2, blocks) : r1;
+        bottleneck_backward_block<T, a.value>(p, r0, r1 - r0, r2 - r1, grads);
       }
     });
   });
@@ -313,13 +316,20 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
 
 // -- rows that differ in their adapter -------------------------------------------------------------------------------
 
+// How many rows the next block of a list has, if it goes on where this one ends.
+inline int64_t rows_after(const SlotBlock& block) {
+  const SlotBlock& next = *(&block + 1);
+  return next.r0 == block.r0 + block.rows ? next.rows : 0;
+}
+
 template <class T>
 void bottleneck_rows_forward_typed(const BottleneckRowsForward& all, Parallel parallel) {
   parallel_for(parallel, all.count, [&](int64_t i) {
     const SlotBlock& block = all.blocks[i];
     const BottleneckForward& p = all.slots[block.slot];
     if (p.b > 0) {
-      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows, true); });
+      const int64_t next = has_next(i, all.count, all.threads) ? rows_after(block) : 0;
+      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows, next, true); });
       return;
     }
     AddNormForward n{};
@@ -336,11 +346,11 @@ void bottleneck_rows_forward_typed(const BottleneckRowsForward& all, Parallel pa
 }
 
 template <class T>
-void bottleneck_rows_backward_block(const BottleneckBackward& p, const SlotBlock& block, float* share) {
+void bottleneck_rows_backward_block(const BottleneckBackward& p, const SlotBlock& block, int64_t next, float* share) {
   const GradLayout layout(p);
   if (p.b > 0) {
     with_act(p.act, [&](auto a) {
-      bottleneck_backward_block<T, a.value>(p, block.r0, block.rows, layout.at(share));
+      bottleneck_backward_block<T, a.value>(p, block.r0, block.rows, next, layout.at(share));
     });
     return;
   }
@@ -374,13 +384,14 @@ void bottleneck_rows_backward_typed(const BottleneckRowsBackward& all, Parallel 
   }
   float* shares = scratch().get<float>(15, total + 16);
   parallel_for(parallel, all.parts, [&](int64_t part) {
-    for (int64_t i = all.count * part / all.parts; i < all.count * (part + 1) / all.parts; ++i) {
+    const int64_t end = all.count * (part + 1) / all.parts;
+    for (int64_t i = all.count * part / all.parts; i < end; ++i) {
       const SlotBlock& block = all.blocks[i];
       const BottleneckBackward& p = all.slots[block.slot];
       const int64_t size = GradLayout(p).size;
       float* share = shares + start[block.slot] + block.share * size;
       if (block.first) std::memset(share, 0, sizeof(float) * size);
-      bottleneck_rows_backward_block<T>(p, block, share);
+      bottleneck_rows_backward_block<T>(p, block, i + 1 < end ? rows_after(block) : 0, share);
     }
   });
   parallel_for(parallel, all.slot_count, [&](int64_t slot) {

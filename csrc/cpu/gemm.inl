@@ -54,7 +54,7 @@ class Ahead {
   // weights: whether the product's own matrix is asked for too, or is known to be near.
   explicit Ahead(bool weights = true) : weights_(weights) {}
   void add(const void* p, int64_t bytes) {
-    if (p == nullptr) return;
+    if (p == nullptr || bytes == 0) return;
     ranges_[ranges_used_++] = {(const char*)p, (bytes + 63) / 64};
     lines_ += (bytes + 63) / 64;
   }

@@ -135,6 +135,7 @@ struct BottleneckRowsForward {
   const BottleneckForward* slots;
   const SlotBlock* blocks;
   int64_t count;  // of the blocks
+  int threads;
 };
 struct BottleneckRowsBackward {
   DType type;

@@ -28,6 +28,13 @@ Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
   return {chunks, std::min<int64_t>(panels, (threads + chunks - 1) / chunks)};
 }
 
+// How many rows the chunk after a task's has, if the same thread takes it then.
+template <class T>
+int64_t rows_after(int64_t rows, const Split& s, int64_t task, int threads) {
+  if (s.columns > 1 || !has_next(task, s.chunks, threads)) return 0;
+  return part_start<T>(rows, task + 2, s.chunks) - part_start<T>(rows, task + 1, s.chunks);
+}
+
 inline void keep_rows(int64_t first, int64_t rows, int64_t cols, const Dropout& d, int8_t* keep) {
   const int64_t stride = (cols + 63) / 64 * 64;
   for (int64_t r = 0; r < rows; ++r) keep_row(first + r, cols, d, keep + r * stride);
@@ -252,8 +259,10 @@ void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, 
 
 // -- forward ---------------------------------------------------------------------------------------------------------
 
+// next: how many of the rows after these the same thread takes then.
 template <class T, Act A>
-void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns) {
+void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int64_t next, int64_t column,
+                          int64_t columns) {
   Scratch& s = scratch();
   const LowRanks& low = p.low;
   const int64_t kw = words_of<T>(p.k);
@@ -294,8 +303,6 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   Pass* passes = s.get<Pass>(7, low.count);
   Extra* extras = s.get<Extra>(8, low.slots);
   const bool stream = streams(p.y, p.rows, p.n * (int64_t)sizeof(T));
-  const int64_t bytes = rows * p.k * (int64_t)sizeof(T);
-  const void* next = r0 + 2 * rows <= p.rows ? (const T*)p.x + (r0 + rows) * p.k : nullptr;
   int64_t offset = 0;
   for (int w = 0; w < p.count; ++w) {
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
@@ -350,7 +357,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
       }
     };
     Ahead ahead;
-    if (w == 0) ahead.add(next, bytes);
+    if (w == 0) ahead.add((const T*)p.x + (r0 + rows) * p.k, next * p.k * (int64_t)sizeof(T));
     auto multiply = [&](const auto& from) {
       product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]),
                           panels * 32, panels * column / columns, panels * (column + 1) / columns, c, ahead,
@@ -369,7 +376,8 @@ void linear_forward_typed(const LinearForward& p, Parallel parallel) {
     parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
       const int64_t chunk = task / s.columns, r0 = part_start<T>(p.rows, chunk, s.chunks);
       const int64_t r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
-      linear_forward_chunk<T, a.value>(p, r0, r1 - r0, task % s.columns, s.columns);
+      linear_forward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<T>(p.rows, s, task, p.threads), task % s.columns,
+                                       s.columns);
     });
   });
 }
@@ -397,8 +405,8 @@ struct LinearGrads {
 };
 
 template <class T, Act A>
-void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t column, int64_t columns,
-                           const LinearGrads& layout, float* grads) {
+void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t following, int64_t column,
+                           int64_t columns, const LinearGrads& layout, float* grads) {
   constexpr int64_t per = Operand<T>::per_word;
   Scratch& s = scratch();
   const LowRanks& low = p.low;
@@ -524,13 +532,11 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     extras = extras_of<T>(low, at, s.get<Pass>(8, low.count), s.get<Extra>(13, low.slots),
                           [](const LowRank& l) { return !l.drop.on; });
   float* apart = dropping ? s.get<float>(12, (Tiles<T>::max_rows + 32) * 32) : nullptr;
-  const int64_t panels = (p.n + 31) / 32, elements = rows * p.k, after = r0 * p.k + elements;
+  const int64_t panels = (p.n + 31) / 32, after = (r0 + rows) * p.k, elements = following * p.k;
   Ahead next;
-  if (r0 + 2 * rows <= p.rows) {
-    next.add((const T*)p.dy + after, elements * (int64_t)sizeof(T));
-    if (p.code) next.add(p.code + after, elements);
-    if (p.z) next.add((const T*)p.z + after, elements * (int64_t)sizeof(T));
-  }
+  next.add((const T*)p.dy + after, elements * (int64_t)sizeof(T));
+  if (p.code) next.add(p.code + after, elements);
+  if (p.z) next.add((const T*)p.z + after, elements * (int64_t)sizeof(T));
   auto dropped_terms = [&](int64_t panel, const RowTile& t, float* tile) {
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
@@ -568,7 +574,8 @@ void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
       parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
         const int64_t chunk = task / s.columns, column = task % s.columns;
         const int64_t r0 = part_start<T>(p.rows, chunk, s.chunks), r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
-        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, column, s.columns, layout, nullptr);
+        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<T>(p.rows, s, task, p.threads), column, s.columns,
+                                          layout, nullptr);
       });
       return;
     }
@@ -582,7 +589,8 @@ void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
       const int64_t most = chunk_rows<T>(p.rows, words_of<T>(p.k)), chunks = (count + most - 1) / most;
       for (int64_t i = 0; i < chunks; ++i) {
         const int64_t r0 = first + part_start<T>(count, i, chunks), r1 = first + part_start<T>(count, i + 1, chunks);
-        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, 0, 1, layout, grads);
+        const int64_t r2 = i + 1 < chunks ? first + part_start<T>(count, i + 2, chunks) : r1;
+        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, r2 - r1, 0, 1, layout, grads);
       }
     });
     if (p.dbias) ordered_sum(shares, parts, p.low.slots * p.k, size, p.dbias);

@@ -10,6 +10,11 @@ inline bool begins_share(int64_t task, int64_t tasks, int64_t threads) {
   return tasks * ((task * threads + tasks - 1) / tasks) / threads == task;
 }
 
+// Whether the task after this one is of the same share, so that what it reads may be asked for here.
+inline bool has_next(int64_t task, int64_t tasks, int64_t threads) {
+  return task + 1 < tasks && !begins_share(task + 1, tasks, threads);
+}
+
 // Adds `count` partial vectors of n floats in their order.
 inline void ordered_sum(const float* parts, int64_t count, int64_t n, int64_t stride, float* out) {
   for (int64_t i = 0; i < n; i += W) {
