@@ -526,6 +526,26 @@ def test_columns_far_from_the_others_do_not_spoil_a_norm(runner, dtype, place):
     cases.check(runner, call, build, dtype, dtype)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_almost_one_value_keep_their_variance(runner, dtype):
+    """A few columns are one step of bfloat16 off; the mean's square is ten million times the variance."""
+    _need(runner, "bottleneck_forward", dtype, hidden=768, bottleneck=8)
+    generator = torch.Generator().manual_seed(13)
+    x = torch.full((64, 768), 1.9921875)
+    x.scatter_(1, torch.randint(0, 768, (64, 3), generator=generator), 2.0)
+    weight, bias = torch.ones(768), torch.zeros(768)
+    want = torch.nn.functional.layer_norm(x.double(), (768,), eps=1e-12)
+    x, weight, bias = (t.to(runner.device, dtype) for t in (x, weight, bias))
+    with torch.no_grad(), runner.running():
+        norm = fa.ops.add_norm(x, None, weight, bias)
+        down, up, residual = (x.new_zeros(*shape) for shape in ((8, 768), (768, 8), (64, 768)))
+        adapter = fa.ops.bottleneck(x, down, None, up, None, residual=residual, norm_weight=weight, norm_bias=bias)
+    for y in (norm, adapter):
+        off = (y.cpu().double() - want).norm() / want.norm()
+        assert off < (1e-3 if dtype is torch.float32 else 4e-3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="12 GiB of activations: a GPU's memory")
 @every_kernel
 def test_offsets_past_two_to_the_31(runner):
