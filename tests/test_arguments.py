@@ -164,7 +164,7 @@ def test_the_short_way_gives_the_same(op, dtype, monkeypatch):
 BAD = {
     "linear": [{"w": torch.zeros(N, H - 1)}, {"w": torch.zeros(N, H, dtype=torch.int64)}, {"x": [1.0]}],
     "lora": [{"w": torch.zeros(N + 1, H)}, {"x": torch.zeros(2, 3, H + 1)}],
-    "rows": [{"rows": torch.tensor([0, 2])}, {"rows": [1, 0]}, {"rows": torch.tensor([0, 1, 0])}, 
+    "rows": [{"rows": torch.tensor([0, 2])}, {"rows": [1, 0]}, {"rows": torch.tensor([0, 1, 0])},
              {"rows": torch.tensor([0.0, 1.0])}],
     "bottleneck": [{"w": torch.zeros(B, H + 1)}, {"more": {"residual": torch.zeros(3, 2, H)}},
                    {"more": {"norm_bias": None}}, {"more": {"residual": [1.0]}}],
