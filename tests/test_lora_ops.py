@@ -44,6 +44,16 @@ LORA_CASES.append({
     **cases.ROWS_IN_PLACE, "features": 768, "outputs": (100, 36, 7), "rank": 8, "loras": "each", "dropped": "none",
     "biases": "all",
 })  # fmt: skip
+# Sums over more columns or rows than the C++ kernels multiply in one go, forward (features) and backward (outputs).
+LONG_CASES = [
+    {**cases.ROWS_IN_PLACE, "dtype": dtype, "features": features, "outputs": outputs, "rank": rank, "loras": loras,
+     "dropped": dropped, "activation": "none", "biases": "some"}
+    for dtype in (torch.float32, torch.bfloat16)
+    for features, outputs, rank, loras, dropped in [
+        (3072, (100, 36), 5, "each", "none"), (800, (33,), 400, "one", "none"), (36, (2500, 770), 33, "each", "some"),
+        (1601, (33,), 768, "one", "one"),
+    ]
+]  # fmt: skip
 ROUTED_CASES = cases.pairwise(
     {
         "dtype": cases.DTYPES,
@@ -119,8 +129,11 @@ def _has_bias(case, i):
 # -- accuracy over the trap cases --------------------------------------------------------------------------------
 
 
-@every_kernel
-@pytest.mark.parametrize("case", LORA_CASES, ids=case_id)
+@pytest.mark.parametrize(
+    ("runner", "case"),
+    [(r, c) for r in KERNELS for c in LORA_CASES] + [(r, c) for r in KERNELS if r.backend == "cpu" for c in LONG_CASES],
+    ids=lambda v: case_id(v) if isinstance(v, dict) else str(v),
+)
 def test_lora(runner, case):
     rows, features, outputs = case["rows"], case["features"], case["outputs"]
     placed = _placed(case["loras"], case["rank"], len(outputs))

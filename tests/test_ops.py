@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -724,6 +725,24 @@ def test_a_large_bottleneck_output_is_that_of_its_parts(dtype):
 
     parts = [run(*part) for part in zip(x.split(rows // 4), residual.split(rows // 4), strict=True)]
     assert torch.equal(run(x, residual), torch.cat(parts))
+
+
+@pytest.mark.parametrize("runner", [r for r in KERNELS if r.backend == "cpu"], ids=str)
+def test_a_float_keeps_all_its_bits(runner):
+    """By the identity it comes out as it was, also where it is multiplied in parts; infinity stays no finite number."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 100, generator=generator) * 2.0 ** torch.randint(-80, 80, (70, 100), generator=generator)
+    x[3, 5], x[40, 99] = 3.3e38, -3.3e38
+    eye = torch.eye(100)
+    with runner.running():
+        assert torch.equal(fa.ops.linear(x, eye), x)
+        assert torch.equal(fa.ops.linear(eye, x), x.T)
+        tiny = torch.randn(70, 100, generator=generator) * 2.0 ** torch.randint(-149, -80, (70, 100), generator=generator)
+        for y in (fa.ops.linear(tiny, eye), fa.ops.linear(eye, tiny).T):  # some processors take denormals as zero
+            torch.testing.assert_close(y, tiny, rtol=0, atol=2.0**-124)
+        x[7, 11], x[8, 12] = math.inf, math.nan
+        finite = fa.ops.linear(x, eye).isfinite()
+        assert not finite[7:9].all(1).any() and finite[9:].all()
 
 
 def test_statistics_are_those_of_the_sum_as_it_is_stored():

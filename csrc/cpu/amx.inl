@@ -1,4 +1,5 @@
-// 32 x 32 tiles of bfloat16 products on AMX: two by two accumulators of 16 x 16, k in steps of 32 elements.
+// 32 x 32 tiles of products on AMX: two by two accumulators of 16 x 16, k in steps of 32 elements, which are bfloat16, or
+// floats as sums of three.
 // With FA_BF16 == 3 the tile registers are plain arrays, so that the same code is tested where there is no AMX.
 
 #if FA_BF16 == 2
@@ -28,24 +29,34 @@ inline EmulatedTile& emulated(int t) {
   static thread_local EmulatedTile tiles[8];
   return tiles[t];
 }
-inline void emulated_load(int t, const void* p, int64_t stride) {
+__attribute__((noinline)) inline void emulated_load(int t, const void* p, int64_t stride) {
   for (int r = 0; r < 16; ++r) std::memcpy(emulated(t).word[r], (const char*)p + r * stride, 64);
 }
-inline void emulated_store(int t, void* p, int64_t stride) {
+__attribute__((noinline)) inline void emulated_store(int t, void* p, int64_t stride) {
   for (int r = 0; r < 16; ++r) std::memcpy((char*)p + r * stride, emulated(t).word[r], 64);
 }
-inline void emulated_dp(int c, int a, int b) {
+// Sums and roundings in the order of the instruction: even and odd k each by themselves, then both, then the accumulator.
+__attribute__((noinline)) inline void emulated_dp(int c, int a, int b) {
   auto as_float = [](uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; };
-  for (int m = 0; m < 16; ++m)
+  float even[16][16], odd[16][16];
+  for (int k = 0; k < 16; ++k)
     for (int n = 0; n < 16; ++n) {
-      float acc = as_float(emulated(c).word[m][n]);
-      for (int k = 0; k < 16; ++k) {
-        uint32_t x = emulated(a).word[m][k], y = emulated(b).word[k][n];
-        acc += as_float(x << 16) * as_float(y << 16);
-        acc += as_float(x & 0xffff0000u) * as_float(y & 0xffff0000u);
-      }
-      std::memcpy(&emulated(c).word[m][n], &acc, 4);
+      even[k][n] = as_float(emulated(b).word[k][n] << 16);
+      odd[k][n] = as_float(emulated(b).word[k][n] & 0xffff0000u);
     }
+  for (int m = 0; m < 16; ++m) {
+    float sums[2][16] = {}, acc[16];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = emulated(a).word[m][k];
+      for (int n = 0; n < 16; ++n) {
+        sums[0][n] += as_float(x << 16) * even[k][n];
+        sums[1][n] += as_float(x & 0xffff0000u) * odd[k][n];
+      }
+    }
+    std::memcpy(acc, emulated(c).word[m], sizeof acc);
+    for (int n = 0; n < 16; ++n) acc[n] += sums[0][n] + sums[1][n];
+    std::memcpy(emulated(c).word[m], acc, sizeof acc);
+  }
 }
 #define FA_TILE_ZERO(t) std::memset(&emulated(t), 0, sizeof(EmulatedTile))
 #define FA_TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
@@ -55,15 +66,11 @@ inline void emulated_dp(int c, int a, int b) {
 
 // Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B; Narrow leaves out the second half of
 // the columns. A's rows past `rows` are read (the block is padded) and only make rows of c that nobody looks at, within
-// c's padding. beside(step, steps) runs after each step of k, while the tile unit computes; further(two) may multiply more
-// into the sums before they are stored.
-template <bool Narrow, class Beside, class Further>
-FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
-                        int64_t ldc, bool accumulate, Beside&& beside, Further&& further) {
-  const int64_t a_stride = lda * 4;
+// c's padding. multiply(two) adds to the sums; two: whether there is a second half of the rows.
+template <bool Narrow, class Multiply>
+FA_INLINE void amx_tile(int rows, float* c, int64_t ldc, bool accumulate, Multiply&& multiply) {
   const int64_t c_stride = ldc * 4;
   const bool two = rows > 16;
-  const int64_t steps = kw / 16;
   __asm__ volatile("" ::: "memory");  // GCC's tile loads don't tell that they read memory
   if (accumulate) {
     FA_TILE_LOAD(0, c, c_stride);
@@ -78,22 +85,7 @@ FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t
     FA_TILE_ZERO(2);
     FA_TILE_ZERO(3);
   }
-  for (int64_t k = 0; k < kw; k += 16) {
-    FA_TILE_LOAD(4, a + k, a_stride);
-    FA_TILE_LOAD(6, b + k * ldb, ldb * 4);
-    FA_TILE_DP(0, 4, 6);
-    if (!Narrow) {
-      FA_TILE_LOAD(7, b + k * ldb + 16, ldb * 4);
-      FA_TILE_DP(1, 4, 7);
-    }
-    if (two) {
-      FA_TILE_LOAD(5, a + 16 * lda + k, a_stride);
-      FA_TILE_DP(2, 5, 6);
-      if (!Narrow) FA_TILE_DP(3, 5, 7);
-    }
-    beside(k / 16, steps);
-  }
-  further(two);
+  multiply(two);
   FA_TILE_STORE(0, c, c_stride);
   if (!Narrow) FA_TILE_STORE(1, c + 16, c_stride);
   if (two) {
@@ -102,18 +94,65 @@ FA_INLINE void amx_tile(int rows, const uint32_t* a, int64_t lda, const uint32_t
   }
 }
 
-// More words of k for the sums of a tile, from other matrices.
-FA_INLINE void amx_multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
+// kw words of k. beside(step) runs after each step of k, while the tile unit computes.
+template <bool Narrow, class Beside>
+FA_INLINE void amx_multiply(bool two, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw,
+                            Beside&& beside) {
   for (int64_t k = 0; k < kw; k += 16) {
-    FA_TILE_LOAD(4, a + k, kStride * 4);
-    FA_TILE_LOAD(6, b + k * 32, 128);
+    FA_TILE_LOAD(4, a + k, lda * 4);
+    FA_TILE_LOAD(6, b + k * ldb, ldb * 4);
     FA_TILE_DP(0, 4, 6);
-    FA_TILE_LOAD(7, b + k * 32 + 16, 128);
-    FA_TILE_DP(1, 4, 7);
-    if (two) {
-      FA_TILE_LOAD(5, a + 16 * kStride + k, kStride * 4);
-      FA_TILE_DP(2, 5, 6);
-      FA_TILE_DP(3, 5, 7);
+    if (!Narrow) {
+      FA_TILE_LOAD(7, b + k * ldb + 16, ldb * 4);
+      FA_TILE_DP(1, 4, 7);
     }
+    if (two) {
+      FA_TILE_LOAD(5, a + 16 * lda + k, lda * 4);
+      FA_TILE_DP(2, 5, 6);
+      if (!Narrow) FA_TILE_DP(3, 5, 7);
+    }
+    beside(k / 16);
+  }
+}
+
+// Groups of 32 floats of k in three parts each: 16 words of A's row and 16 rows of b [part][16][32] a part, the highest
+// first. The products of a middle with a low part, and of two low ones, are below 2^-24 of a float's own: left out. In this
+// order a float times one is itself to the last bit, on either side.
+template <class Beside>
+FA_INLINE void amx_multiply_parts(bool narrow, bool two, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t groups,
+                                  Beside&& beside) {
+  constexpr int high = 0, middle = 1, low = 2;
+  for (int64_t group = 0; group < groups; ++group, a += 3 * 16, b += 3 * 16 * 32) {
+    const auto a_part = [&](int part) __attribute__((always_inline)) {
+      FA_TILE_LOAD(4, a + part * 16, lda * 4);
+      if (two) FA_TILE_LOAD(5, a + 16 * lda + part * 16, lda * 4);
+    };
+    const auto b_part = [&](int part) __attribute__((always_inline)) {
+      FA_TILE_LOAD(6, b + part * 512, 128);
+      if (!narrow) FA_TILE_LOAD(7, b + part * 512 + 16, 128);
+    };
+    const auto products = [&]() __attribute__((always_inline)) {
+      FA_TILE_DP(0, 4, 6);
+      if (!narrow) FA_TILE_DP(1, 4, 7);
+      if (two) {
+        FA_TILE_DP(2, 5, 6);
+        if (!narrow) FA_TILE_DP(3, 5, 7);
+      }
+    };
+    a_part(high);
+    b_part(low);
+    products();
+    b_part(middle);
+    products();
+    b_part(high);
+    products();
+    a_part(middle);
+    products();
+    b_part(middle);
+    products();
+    a_part(low);
+    b_part(high);
+    products();
+    beside(group);
   }
 }

@@ -1,11 +1,14 @@
 // Self-attention of one (batch, head) at a time: K and V of a head stay in the cache, and nothing of size S x S leaves
 // it. A prefix's keys and values stand before the sequence's own. Backward makes the probabilities again from the
-// log-sum-exp. Queries are taken kQueries at a time. A matrix becomes a B operand in one of two forms: with its columns
+// log-sum-exp. Queries are taken some at a time. A matrix becomes a B operand in one of two forms: with its columns
 // as k (transposed words), or with its rows (row words).
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int64_t kQueries = 32;
-static_assert(kMaxAttentionLength <= kBlock);  // so a row of an A block is one piece
+// Keys and values get their parts anew for each.
+template <class M>
+constexpr int64_t kQueries = in_parts<M> ? 64 : 32;
+// So a row of an A block is one piece.
+static_assert(kMaxAttentionLength <= kBlock && words_of<Multiplied<float>>(kMaxAttentionLength) <= kBlock);
 
 FA_INLINE int64_t round32(int64_t n) { return (n + 31) / 32 * 32; }
 
@@ -103,10 +106,14 @@ FA_INLINE void row_words(int64_t n, int64_t d, int64_t columns, uint32_t* out, i
   }
 }
 // n rows of d elements as the rows of an A block.
-template <class T, class Row>
+template <class M, class T, class Row>
 FA_INLINE void block_rows(int64_t n, int64_t d, const ABlock& a, Row&& row) {
   for (int64_t r = 0; r < n; ++r) {
     const T* from = row(r);
+    if constexpr (in_parts<M>) {
+      copy_row<M>(a, r, from, d);
+      continue;
+    }
     auto vector = [&](auto whole, int64_t w) {
       const U words = words_at<whole.value>(from, w, d);
       std::memcpy(a.row(r, w), &words, sizeof words);
@@ -124,6 +131,12 @@ template <class T>
 FA_INLINE void put(Stored<T>* to, F v) {
   if constexpr (Operand<T>::pairs) store(to, v);
   else store(to, rounded<T>(v));
+}
+// W elements of a row of an A block from element j on.
+template <class M>
+FA_INLINE void put_probabilities(const ABlock& a, int64_t r, int64_t j, F v) {
+  if constexpr (in_parts<M>) put<M>(a, r, j, v, W);
+  else put<M>(stored_row<M>(a, r) + j, v);
 }
 // The first n rows of one A block as the columns of another, from word w0 on; `columns` is a multiple of W.
 template <class T>
@@ -165,11 +178,11 @@ FA_INLINE const T* key_row(const Attention& p, int64_t batch, int64_t head, int 
 }
 // Rows lie far apart, which no hardware foresees: asks for the next head's from `first` on, a few at a time.
 template <class T>
-FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head, int64_t first) {
+FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head, int64_t first, int64_t count) {
   if (++head == p.heads) head = 0, ++batch;
   if (batch == p.batch) return;
   const int64_t d = p.head_dim, h = p.heads * d, bytes = d * (int64_t)sizeof(T);
-  for (int64_t r = first; r < std::min(first + kQueries, p.length); ++r) {
+  for (int64_t r = first; r < std::min(first + count, p.length); ++r) {
     for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes);
     if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + head * d, bytes);
   }
@@ -236,21 +249,21 @@ FA_INLINE float largest(F v) {
 }
 
 // Rows of T (`row(r)`) by the sp columns of transposed words into out [rows + 32][sp].
-template <class T, class Row>
+template <class M, class T, class Row>
 FA_INLINE void scores(const ABlock& a, int64_t rows, int64_t d, const uint32_t* words_t, int64_t sp, float* c,
                       float* out, Row&& row) {
-  block_rows<T>(rows, d, a, row);
-  Passes<T> k;
-  k.add_packed(words_t, words_of<T>(d));
-  product_into<T>(a, rows, k, sp / 32, c, out, sp, Ahead());
+  block_rows<M, T>(rows, d, a, row);
+  Passes<M> k;
+  k.add_packed(words_t, packed_words_of<M>(d));
+  product_into<M>(a, rows, k, sp / 32, c, out, sp, Ahead());
 }
 // For every whole or partial vector of the product of a's rows with row words of d columns: write(row, column, v).
-template <class T, class Write>
+template <class M, class Write>
 FA_INLINE void product_rows(const ABlock& a, int64_t rows, const uint32_t* words, int64_t k, int64_t d, float* c,
                             Write&& write) {
-  Passes<T> passes;
-  passes.add_packed(words, words_of<T>(k));
-  product<T>(a, rows, passes, 0, round32(d) / 32, c, Ahead(), [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
+  Passes<M> passes;
+  passes.add_packed(words, packed_words_of<M>(k));
+  product<M>(a, rows, passes, 0, round32(d) / 32, c, Ahead(), [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int64_t r = 0; r < mr; ++r)
       for (int64_t v = 0; v < kNV && panel * 32 + v * W < d; ++v)
         write(m + r, panel * 32 + v * W, load(tile + r * 32 + v * W));
@@ -259,22 +272,24 @@ FA_INLINE void product_rows(const ABlock& a, int64_t rows, const uint32_t* words
 
 template <class T>
 void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
+  using M = Multiplied<T>;
+  constexpr int64_t at_once = kQueries<M>;
   Scratch& scr = scratch();
   const int64_t n = keys_of(p), length = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
   uint32_t* keys_t = scr.get<uint32_t>(0, words_of<T>(d) * sp);
   uint32_t* values = scr.get<uint32_t>(1, words_of<T>(n) * dp);
-  float* c = scr.get<float>(2, tile_scratch(kQueries));
-  ABlock q{scr.get<uint32_t>(3, ABlock::size(kQueries, words_of<T>(d))), kQueries};
-  ABlock prob{scr.get<uint32_t>(4, ABlock::size(kQueries, sp)), kQueries};
-  float* s = scr.get<float>(5, (kQueries + 32) * sp);
+  float* c = scr.get<float>(2, tile_scratch(at_once));
+  ABlock q{scr.get<uint32_t>(3, ABlock::size(at_once, words_of<M>(d))), at_once};
+  ABlock prob{scr.get<uint32_t>(4, ABlock::size(at_once, words_of<M>(sp))), at_once};
+  float* s = scr.get<float>(5, (at_once + 32) * sp);
   int8_t* keep = p.drop.on ? scr.get<int8_t>(6, sp + 64) : nullptr;
   transposed_words<T>(n, d, sp, keys_t, [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); });
   row_words<T>(n, d, dp, values, words_of<T>(n), 0, [&](int64_t r) { return key_row<T>(p, batch, head, 2, r); });
-  float highest[kQueries], total[kQueries][W], inverse[kQueries];
-  for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
-    const int64_t rows = std::min(kQueries, length - q0), first = (batch * p.heads + head) * length + q0;
-    prefetch_next_head<T>(p, batch, head, q0);
-    scores<T>(q, rows, d, keys_t, sp, c, s, [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); });
+  float highest[at_once], total[at_once][W], inverse[at_once];
+  for (int64_t q0 = 0; q0 < length; q0 += at_once) {
+    const int64_t rows = std::min(at_once, length - q0), first = (batch * p.heads + head) * length + q0;
+    prefetch_next_head<T>(p, batch, head, q0, at_once);
+    scores<M, T>(q, rows, d, keys_t, sp, c, s, [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); });
     for (int64_t r = 0; r < rows; ++r) {
       masked_row(p, batch, head, q0 + r, s + r * sp);
       F top = set1(kMinusInfinity);
@@ -284,14 +299,13 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
     for (int64_t r = 0; r < rows; ++r) {
       const bool any = highest[r] != kMinusInfinity;  // else every key is masked: the row attends to nothing
       const float from = any ? highest[r] : 0.0f;
-      Stored<T>* out = stored_row<T>(prob, r);
       if (keep) keep_row(first + r, n, p.drop, keep);
       F all = F{};
       for (int64_t j = 0; j < sp; j += W) {
         F e = exp_of_score<T>(load(s + r * sp + j) - from);
         all = all + e;
         if (keep) e = dropped(e, keep + j, 1.0f);
-        put<T>(out + j, e);
+        put_probabilities<M>(prob, r, j, e);
       }
       store(total[r], all);
     }
@@ -300,7 +314,7 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
       inverse[r] = all != 0.0f ? p.drop.keep_scale / all : 0.0f;
       if (p.lse) p.lse[first + r] = all != 0.0f ? highest[r] + std::log(all) : kMinusInfinity;
     }
-    product_rows<T>(prob, rows, values, n, d, c, [&](int64_t r, int64_t col, F v) {
+    product_rows<M>(prob, rows, values, n, d, c, [&](int64_t r, int64_t col, F v) {
       store_n((T*)p.out + (batch * length + q0 + r) * h + head * d + col, v * inverse[r], d - col);
     });
   }
@@ -308,6 +322,8 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
 
 template <class T>
 void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
+  using M = Multiplied<T>;  // of the scores and of dP; what is transposed is T's own
+  constexpr int64_t at_once = kQueries<M>;
   Scratch& scr = scratch();
   const int64_t n = keys_of(p), length = p.length, d = p.head_dim, dp = round32(d), sp = round32(n), h = p.heads * d;
   const int64_t words = words_of<T>(d), query_words = words_of<T>(length);
@@ -317,13 +333,13 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
   uint32_t* queries = scr.get<uint32_t>(3, query_words * dp);
   uint32_t* douts = scr.get<uint32_t>(4, query_words * dp);
   float* c = scr.get<float>(5, tile_scratch(sp));
-  ABlock a{scr.get<uint32_t>(6, ABlock::size(kQueries, words)), kQueries};
-  ABlock prob{scr.get<uint32_t>(7, ABlock::size(kQueries, sp)), kQueries};
-  ABlock ds{scr.get<uint32_t>(8, ABlock::size(kQueries, sp)), kQueries};
+  ABlock a{scr.get<uint32_t>(6, ABlock::size(at_once, words_of<M>(d))), at_once};
+  ABlock prob{scr.get<uint32_t>(7, ABlock::size(at_once, sp)), at_once};
+  ABlock ds{scr.get<uint32_t>(8, ABlock::size(at_once, sp)), at_once};
   ABlock prob_t{scr.get<uint32_t>(9, ABlock::size(sp, query_words)), sp};
   ABlock ds_t{scr.get<uint32_t>(10, ABlock::size(sp, query_words)), sp};
-  float* s = scr.get<float>(11, (kQueries + 32) * sp);
-  float* g = scr.get<float>(12, (kQueries + 32) * sp);
+  float* s = scr.get<float>(11, (at_once + 32) * sp);
+  float* g = scr.get<float>(12, (at_once + 32) * sp);
   int8_t* keep = p.drop.on ? scr.get<int8_t>(13, sp + 64) : nullptr;
   auto key = [&](int64_t r) { return key_row<T>(p, batch, head, 1, r); };
   transposed_words<T>(n, d, sp, keys_t, key);
@@ -333,17 +349,17 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
     store_n((T*)p.dqkv + (batch * length + row) * 3 * h + which * h + head * d + col, v, d - col);
   };
   const float keep_scale = p.drop.keep_scale, factor = keep_scale * p.scale;  // come in once the sums are made
-  float total[kQueries][W];
-  for (int64_t q0 = 0; q0 < length; q0 += kQueries) {
-    const int64_t rows = std::min(kQueries, length - q0), first = (batch * p.heads + head) * length + q0;
+  float total[at_once][W];
+  for (int64_t q0 = 0; q0 < length; q0 += at_once) {
+    const int64_t rows = std::min(at_once, length - q0), first = (batch * p.heads + head) * length + q0;
     const int64_t w0 = q0 / Operand<T>::per_word;
     auto query_row = [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); };
     auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * length + q0 + r) * h + head * d; };
-    prefetch_next_head<T>(p, batch, head, q0);
+    prefetch_next_head<T>(p, batch, head, q0, at_once);
     row_words<T>(rows, d, dp, queries, query_words, w0, query_row);
     row_words<T>(rows, d, dp, douts, query_words, w0, dout_row);
-    scores<T>(a, rows, d, keys_t, sp, c, s, query_row);
-    scores<T>(a, rows, d, values_t, sp, c, g, dout_row);  // dP = dO V^T
+    scores<M, T>(a, rows, d, keys_t, sp, c, s, query_row);
+    scores<M, T>(a, rows, d, values_t, sp, c, g, dout_row);  // dP = dO V^T
     for (int64_t r = 0; r < rows; ++r) {
       float *row = s + r * sp, *grad = g + r * sp;
       Stored<T>* out = stored_row<T>(prob, r);

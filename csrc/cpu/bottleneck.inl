@@ -82,20 +82,21 @@ struct SumColumns {
 // next: how many of the rows after these the same thread takes then; weights_far: whether W_down and W_up may be far away.
 template <class T, Act A>
 void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows, int64_t next, bool weights_far) {
+  using M = Multiplied<T>;
   Scratch& scr = scratch();
   const int64_t h = p.hidden, b = p.b, keep_stride = (h + 63) / 64 * 64;
-  ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
-  ABlock a{scr.get<uint32_t>(1, ABlock::size(rows, words_of<T>(b))), padded_rows(rows)};
+  ABlock x{scr.get<uint32_t>(0, ABlock::size(rows, words_of<M>(h))), padded_rows(rows)};
+  ABlock a{scr.get<uint32_t>(1, ABlock::size(rows, words_of<M>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(rows));
   int8_t* keep = nullptr;
   if (p.drop.on) {
     keep = scr.get<int8_t>(4, rows * keep_stride);
     keep_rows(r0, rows, h, p.drop, keep);
   }
-  const bool direct = in_place<T>(rows, h, b);
+  const bool direct = in_place<M>(rows, h, b);
   for (int64_t r = 0; r < rows; ++r) {
-    if (!direct) copy_row<T>(x, r, (const T*)p.x + (r0 + r) * h, h);
-    pad_row<T>(a, r, b);
+    if (!direct) copy_row<M>(x, r, (const T*)p.x + (r0 + r) * h, h);
+    pad_row<M>(a, r, b);
   }
   const int64_t panels_down = (b + 31) / 32, panels = (h + 31) / 32, bytes = rows * h * (int64_t)sizeof(T);
   const T* residual = p.residual ? (const T*)p.residual + r0 * h : nullptr;
@@ -111,12 +112,12 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
       for (int64_t r = 0; r < mr; ++r) {
         const F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
         if (p.z) store_n((T*)p.z + (r0 + m + r) * p.z_stride + col, z, b - col);
-        put<T>(a, m + r, col, act_as<T, A>(z), b - col);
+        put<M>(a, m + r, col, act_as<T, A>(z), b - col);
       }
     }
   };
-  with_rows<T>(direct, (const T*)p.x + r0 * h, h, x, [&](const auto& from) {
-    product<T>(from, rows, passes_of<T>(p.down), 0, panels_down, c, after_down, middle);
+  with_rows<M>(direct, (const T*)p.x + r0 * h, h, x, [&](const auto& from) {
+    product<M>(from, rows, passes_of<M>(p.down), 0, panels_down, c, after_down, middle);
   });
   // s is kept in the cache where nothing saves it; its rows' sums come from the product's epilogue.
   T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
@@ -142,7 +143,7 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
     else if (columns.x && columns.residual && !keep) columns.template whole<true>(mr, tile, statistics + m);
     else columns.template whole<false>(mr, tile, statistics + m);
   };
-  product<T>(a, rows, passes_of<T>(p.up), 0, panels, c, after_up, sums_of);
+  product<M>(a, rows, passes_of<M>(p.up), 0, panels, c, after_up, sums_of);
   if (!p.norm_weight) return;
   const bool stream = streams(p.y, p.rows, h * (int64_t)sizeof(T));
   normalise_rows(s, rows, h, statistics, p.norm_weight, p.norm_bias, p.eps, stream, scr.get<float>(6, 2 * h),
@@ -151,12 +152,13 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
 
 template <class T>
 void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
+  using M = Multiplied<T>;
   with_act(p.act, [&](auto a) {
     int64_t blocks = (p.rows + kRows - 1) / kRows;
     blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
     parallel_for(parallel, blocks, [&](int64_t block) {
-      const int64_t r0 = part_start<T>(p.rows, block, blocks), r1 = part_start<T>(p.rows, block + 1, blocks);
-      const int64_t next = has_next(block, blocks, p.threads) ? part_start<T>(p.rows, block + 2, blocks) - r1 : 0;
+      const int64_t r0 = part_start<M>(p.rows, block, blocks), r1 = part_start<M>(p.rows, block + 1, blocks);
+      const int64_t next = has_next(block, blocks, p.threads) ? part_start<M>(p.rows, block + 2, blocks) - r1 : 0;
       bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, next, begins_share(block, blocks, p.threads));
     });
   });
@@ -172,11 +174,12 @@ struct BottleneckGrads {
 template <class T, Act A>
 void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t rows, int64_t following,
                                const BottleneckGrads& grads) {
+  using M = Multiplied<T>;
   Scratch& scr = scratch();
   const int64_t h = p.hidden, b = p.b, hp = (h + 31) / 32 * 32, bp = (b + 31) / 32 * 32;
   const bool weights = p.dw_down != nullptr;
-  ABlock d{scr.get<uint32_t>(0, ABlock::size(rows, words_of<T>(h))), padded_rows(rows)};
-  ABlock dh{scr.get<uint32_t>(1, ABlock::size(rows, words_of<T>(b))), padded_rows(rows)};
+  ABlock d{scr.get<uint32_t>(0, ABlock::size(rows, words_of<M>(h))), padded_rows(rows)};
+  ABlock dh{scr.get<uint32_t>(1, ABlock::size(rows, words_of<M>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(std::max(rows, b)));
   float* ds = scr.get<float>(3, rows * hp);
   T* g = weights ? scr.get<T>(4, rows * h + W) : nullptr;  // gradient of the scaled output, rounded as eager code does
@@ -209,10 +212,10 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
         if (sum_b_up) store_n<whole>(sum_b_up + i, load_n<whole>(sum_b_up + i, n) + v, n);
         v = v * p.factor;
         if (p.scale) v = v * load_n<whole>(p.scale + i, n);
-        put<T>(d, r, i, v, whole ? W : n);
+        put<M>(d, r, i, v, whole ? W : n);
       });
-      pad_row<T>(d, r, h);
-      pad_row<T>(dh, r, b);
+      pad_row<M>(d, r, h);
+      pad_row<M>(dh, r, b);
       for (int64_t i = h; i < hp; ++i) ds_row[i] = 0.0f;
       sums.end_row(r, r + 1 == rows);
     }
@@ -228,7 +231,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
 
   float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
   float* a_rows = weights ? scr.get<float>(8, rows * bp) : nullptr;
-  product<T>(d, rows, passes_of<T>(p.up_t), 0, bp / 32, c, own_x,
+  product<M>(d, rows, passes_of<M>(p.up_t), 0, bp / 32, c, own_x,
              [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
@@ -237,7 +240,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
       for (int64_t r = 0; r < mr; ++r) {
         const F z = load_n((const T*)p.z + (r0 + m + r) * p.z_stride + col, b - col);
         const F value = rounded<T>(load(tile + r * 32 + v * W) * d_act<A>(z));
-        put<T>(dh, m + r, col, value, b - col);
+        put<M>(dh, m + r, col, value, b - col);
         if (weights) {
           total = total + value;
           store(dh_rows + (m + r) * bp + col, value);
@@ -250,7 +253,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
 
   if (p.dx) {
     float* dx = scr.get<float>(11, (rows + 32) * hp);
-    product_into<T>(dh, rows, passes_of<T>(p.down_t), hp / 32, c, dx, hp, next);
+    product_into<M>(dh, rows, passes_of<M>(p.down_t), hp / 32, c, dx, hp, next);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < h; i += W) {
         F value = load(dx + r * hp + i);
@@ -293,6 +296,7 @@ inline void finish_gradients(const BottleneckBackward& p, const GradLayout& l, f
 
 template <class T>
 void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
+  using M = Multiplied<T>;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.rows, p.threads));
   const GradLayout layout(p);
   float* shares = scratch().get<float>(15, parts * layout.size + 16);
@@ -304,9 +308,9 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
     const int64_t blocks = (last - first + kRows - 1) / kRows;
     with_act(p.act, [&](auto a) {
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t r0 = first + part_start<T>(last - first, i, blocks);
-        const int64_t r1 = first + part_start<T>(last - first, i + 1, blocks);
-        const int64_t r2 = i + 1 < blocks ? first + part_start<T>(last - first, i + 2, blocks) : r1;
+        const int64_t r0 = first + part_start<M>(last - first, i, blocks);
+        const int64_t r1 = first + part_start<M>(last - first, i + 1, blocks);
+        const int64_t r2 = i + 1 < blocks ? first + part_start<M>(last - first, i + 2, blocks) : r1;
         bottleneck_backward_block<T, a.value>(p, r0, r1 - r0, r2 - r1, grads);
       }
     });

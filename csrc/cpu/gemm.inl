@@ -4,15 +4,22 @@
 // A block is [k blocks][rows][kStride] words. The constant stride turns a row's address into an instruction's
 // displacement, and 784 words (49 cache lines, an odd number) keep the rows of a tile apart in a set-associative cache.
 
-constexpr int64_t kBlock = 768;   // words of k in a row of a block
-constexpr int64_t kStride = 784;  // words between rows of an A block
+constexpr int64_t kBlock = FA_BF16 < 2 ? 768 : 2304;  // words of k in a row of a block
+constexpr int64_t kStride = kBlock + 16;              // words between rows of an A block
 
-// How T is multiplied: as float words, or as pairs of bfloat16.
+// A float as the sum of three bfloat16 numbers, which holds all of its 24 bits: where bfloat16 is multiplied far faster than
+// float, six products of such parts are faster than one of floats, and as exact. A row of A has groups of 32 floats: 16
+// words of their high parts, then of the middle and of the low ones. Packed weights are floats, and get their parts when
+// they are multiplied.
+struct Parts {};
+
+// How T is multiplied: as float words, as pairs of bfloat16, or in parts. A's rows have groups of so many words for every
+// `pad` elements; `per_word` is the number of elements in a word, if that says it all.
 template <class T>
 struct Operand {
   static constexpr bool pairs = false;
   static constexpr int per_word = 1;
-  static constexpr int pad = 1;
+  static constexpr int pad = 1, group = 1;
   static constexpr int strip = 2 * W < 32 ? 2 * W : 32;
 };
 #if FA_BF16 != 0
@@ -20,19 +27,53 @@ template <>
 struct Operand<bf16> {
   static constexpr bool pairs = true;
   static constexpr int per_word = 2;
-  static constexpr int pad = FA_BF16 == 1 ? 2 : 32;  // AMX multiplies 32 at a time
+  static constexpr int pad = FA_BF16 == 1 ? 2 : 32, group = pad / 2;  // AMX multiplies 32 at a time
   static constexpr int strip = 32;
 };
 #endif
+template <>
+struct Operand<Parts> {
+  static constexpr bool pairs = false;
+  static constexpr int pad = 32, group = 3 * 16;
+  static constexpr int strip = Operand<float>::strip;
+};
+// How rows of T are multiplied by packed weights, and how a LoRA's s by its B.
+template <class T>
+using Multiplied = std::conditional_t<std::is_same_v<T, float> && (FA_BF16 >= 2), Parts, T>;
+template <class M>
+constexpr bool in_parts = std::is_same_v<M, Parts>;
+template <class M>
+using Added = std::conditional_t<in_parts<M>, bf16, M>;
 // A panel's 32 columns are strips, as wide as the sums of a tile: a strip of B, 256 words deep, stays in the first-level
 // cache while all rows pass by it. Within a packed panel each strip stands by itself, [k][kStrip].
 template <class T>
 constexpr int kStrip = Operand<T>::strip;
 
-template <class T>
-FA_INLINE int64_t words_of(int64_t k) {
-  constexpr int pad = Operand<T>::pad, per = Operand<T>::per_word;
-  return (k + pad - 1) / pad * pad / per;
+// Words of k elements in a row of A, and before element i of them.
+template <class M>
+FA_INLINE constexpr int64_t words_of(int64_t k) {
+  constexpr int pad = Operand<M>::pad;
+  return (k + pad - 1) / pad * Operand<M>::group;
+}
+template <class M>
+FA_INLINE int64_t word_at(int64_t i) {
+  if constexpr (in_parts<M>) return i / 32 * Operand<M>::group + i % 32 / 2;
+  else return i / Operand<M>::per_word;
+}
+// Words of k in a column of a packed matrix.
+template <class M>
+FA_INLINE int64_t packed_words_of(int64_t k) {
+  return in_parts<M> ? k : words_of<M>(k);
+}
+
+// The parts of v: the nearest bfloat16 (ties away from zero), then of what is left; the last is exact, but for what is below
+// 2^-133. Above 3.389e38 the nearest is infinite, and what is left NaN, as of infinity itself.
+FA_INLINE F nearest_bf16(F v) { return (F)((bits(v) + 0x8000u) & 0xffff0000u); }
+FA_INLINE void split(F v, F (&parts)[3]) {
+  parts[0] = nearest_bf16(v);
+  const F left = v - parts[0];
+  parts[1] = nearest_bf16(left);
+  parts[2] = (F)(bits(left - parts[1]) & 0xffff0000u);
 }
 
 // -- what memory brings meanwhile ------------------------------------------------------------------------------------
@@ -171,7 +212,7 @@ struct Tiles {
   // The one length of rows in memory that a tile is made for. Past some columns a copy is repaid: its rows fall on more
   // sets of the first-level cache.
   static constexpr bool reads_rows(int64_t k, int64_t columns = 0) {
-    return W == 16 && std::is_same_v<T, float> && k == kBlock && columns <= 1536;
+    return W == 16 && FA_BF16 < 2 && std::is_same_v<T, float> && k == kBlock && columns <= 1536;
   }
   struct Session {};
   // One strip; rows of A are kStride words apart, or kBlock where reads_rows.
@@ -215,19 +256,54 @@ struct Tiles<bf16> {
   using Session = AmxSession;
   static void run(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
                   int64_t ldc, bool accumulate) {
-    amx_tile<false>(rows, a, lda, b, ldb, kw, c, ldc, accumulate, [](int64_t, int64_t) {}, [](bool) {});
+    amx_tile<false>(rows, c, ldc, accumulate, [&](bool two) __attribute__((always_inline)) {
+      amx_multiply<false>(two, a, lda, b, ldb, kw, [](int64_t) {});
+    });
   }
+  // further(two) may multiply more into the sums before they are stored.
   template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
                                    float* c, bool accumulate, Beside&& beside, Further&& further) {
-    if (narrow) amx_tile<true>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, further);
-    else amx_tile<false>(rows, a, lda, b, 32, kw, c, 32, accumulate, beside, further);
+    if (narrow)
+      amx_tile<true>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
+        amx_multiply<true>(two, a, lda, b, 32, kw, beside);
+        further(two);
+      });
+    else
+      amx_tile<false>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
+        amx_multiply<false>(two, a, lda, b, 32, kw, beside);
+        further(two);
+      });
   }
   // More words of k, while the sums of a tile are still in registers.
   static FA_INLINE void multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
-    amx_multiply_more(two, a, b, kw);
+    amx_multiply<false>(two, a, kStride, b, 32, kw, [](int64_t) {});
   }
 };
+template <>
+struct Tiles<Parts> {
+  static constexpr int max_rows = 32;
+  // Floats of k in a piece: 12 KiB of A and as many of B, whose next piece is made meanwhile.
+  static constexpr int64_t pass = 64;
+  // Words of A after which sums begin anew, and are added up: that keeps their rounding error at that of PyTorch's own, and
+  // A's rows in the second-level cache while all columns pass by them.
+  static constexpr int64_t section = 1152;
+  static constexpr bool whole = true, apart = true;
+  static constexpr bool reads_rows(int64_t, int64_t = 0) { return false; }
+  using Session = AmxSession;
+  template <class Beside, class Further>
+  static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, const uint32_t* b, int64_t groups, float* c,
+                                   bool accumulate, Beside&& beside, Further&& further) {
+    amx_tile<false>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
+      amx_multiply_parts(narrow, two, a, kStride, b, groups, beside);
+      further(two);
+    });
+  }
+  static FA_INLINE void multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
+    Tiles<bf16>::multiply_more(two, a, b, kw);
+  }
+};
+static_assert(kBlock % Tiles<Parts>::section == 0 && Tiles<Parts>::section % words_of<Parts>(Tiles<Parts>::pass) == 0);
 #endif
 
 // -- blocks of A -----------------------------------------------------------------------------------------------------
@@ -251,50 +327,108 @@ struct RowsInPlace {
   int64_t stride() const { return words_a_row; }
 };
 // Where that is possible and pays for so many columns of the product; where a tile is always whole, of whole tiles only.
-template <class T>
+template <class M>
 FA_INLINE bool in_place(int64_t rows, int64_t k, int64_t columns) {
-  return Tiles<T>::reads_rows(k, columns) && (!Tiles<T>::whole || rows % Tiles<T>::max_rows == 0);
+  return Tiles<M>::reads_rows(k, columns) && (!Tiles<M>::whole || rows % Tiles<M>::max_rows == 0);
 }
 
 // fn(rows) for k elements a row of x in place, or for the block.
-template <class T, class Fn>
+template <class M, class T, class Fn>
 FA_INLINE void with_rows([[maybe_unused]] bool direct, [[maybe_unused]] const T* x, [[maybe_unused]] int64_t k,
                          const ABlock& block, Fn&& fn) {
-  if constexpr (Tiles<T>::reads_rows(kBlock))
-    if (direct) return fn(RowsInPlace{(const uint32_t*)x, k / Operand<T>::per_word});
+  if constexpr (Tiles<M>::reads_rows(kBlock))
+    if (direct) return fn(RowsInPlace{(const uint32_t*)x, word_at<M>(k)});
   fn(block);
 }
 
 // Element i of row m and those after it.
-template <class T>
+template <class M>
 FA_INLINE void put(const ABlock& a, int64_t m, int64_t i, F v, int64_t n) {
-  if constexpr (Operand<T>::pairs) store_n((bf16*)a.row(m, i / 2), v, n);
-  else store_n((float*)a.row(m, i), rounded<T>(v), n);
+  if constexpr (in_parts<M>) {
+    F parts[3];
+    split(v, parts);
+    for (int part = 0; part < 3; ++part) store_n((bf16*)(a.row(m, word_at<M>(i)) + part * 16), parts[part], n);
+  } else if constexpr (Operand<M>::pairs) {
+    store_n((bf16*)a.row(m, word_at<M>(i)), v, n);
+  } else {
+    store_n((float*)a.row(m, i), rounded<M>(v), n);
+  }
 }
 // Zeros from element k to the end of the last word group: what lies there is multiplied by B's zero padding.
-// Element 0 is in word `start`.
-template <class T>
-FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k, int64_t start = 0) {
-  if constexpr (Operand<T>::pairs)
-    for (int64_t i = k; i < words_of<T>(k) * 2; ++i) *((bf16*)a.row(m, start + i / 2) + i % 2) = 0;
+template <class M>
+FA_INLINE void pad_row(const ABlock& a, int64_t m, int64_t k) {
+  constexpr int pad = Operand<M>::pad;
+  if constexpr (pad > 1)
+    for (int64_t i = k; i < (k + pad - 1) / pad * pad; ++i)
+      for (int part = 0; part < (in_parts<M> ? 3 : 1); ++part)
+        *((bf16*)(a.row(m, word_at<M>(i)) + part * 16) + i % 2) = 0;
 }
 
 // Row m of the block from a row in memory.
-template <class T>
+template <class M, class T>
 FA_INLINE void copy_row(const ABlock& a, int64_t m, const T* from, int64_t k) {
-  if constexpr (Operand<T>::pairs || std::is_same_v<T, float>) {
-    constexpr int per = Operand<T>::per_word;
+  if constexpr (in_parts<M>) {
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+      F parts[3][kNV];
+#pragma GCC unroll 8
+      for (int v = 0; v < kNV; ++v) {
+        F of_v[3];
+        split(load(from + i + v * W), of_v);
+        for (int part = 0; part < 3; ++part) parts[part][v] = of_v[part];
+      }
+      for (int part = 0; part < 3; ++part) store_row((bf16*)(a.row(m, word_at<M>(i)) + part * 16), parts[part]);
+    }
+    for (; i < k; i += W) put<M>(a, m, i, load_n(from + i, k - i), k - i);
+  } else if constexpr (Operand<M>::pairs || std::is_same_v<T, float>) {
+    constexpr int per = Operand<M>::per_word;
     for (int64_t i = 0; i < k; i += kBlock * per)
       std::memcpy(a.row(m, i / per), from + i, sizeof(T) * (size_t)std::min(kBlock * per, k - i));
   } else {
-    for (int64_t i = 0; i < k; i += W) put<T>(a, m, i, load_n(from + i, k - i), k - i);
+    for (int64_t i = 0; i < k; i += W) put<M>(a, m, i, load_n(from + i, k - i), k - i);
   }
-  pad_row<T>(a, m, k);
+  pad_row<M>(a, m, k);
+}
+// The n numbers of row m from element i on, at most 32, i a multiple of 32.
+FA_INLINE void numbers_of_parts(const ABlock& a, int64_t m, int64_t start, int64_t i, float* to) {
+  const auto* row = (const bf16*)a.row(m, start + word_at<Parts>(i));
+  for (int v = 0; v < kNV; ++v)
+    store(to + v * W, load(row + v * W) + load(row + 32 + v * W) + load(row + 64 + v * W));
+}
+
+// -- what is added to a product while its sums are in registers ------------------------------------------------------
+//
+// A LoRA's s stands behind x in a row, and is multiplied by B as Added<M>. Parts are numbers of their own there, those of
+// the six products one after another: a rank of 8 is 48 words of k, where groups of 32 would be multiplied six times.
+
+constexpr int kAddedLeft[6] = {0, 0, 0, 1, 1, 2}, kAddedRight[6] = {2, 1, 0, 1, 0, 0};
+
+// Elements of a part: whole words.
+FA_INLINE int64_t added_part(int64_t rank) { return (rank + 1) / 2 * 2; }
+template <class M>
+FA_INLINE int64_t added_words(int64_t rank) {
+  return in_parts<M> ? words_of<Added<M>>(6 * added_part(rank)) : words_of<M>(rank);
+}
+// Numbers col and those after it of row m, whose words begin at `at`. The first of a row come first.
+template <class M>
+FA_INLINE void put_added(const ABlock& a, int64_t m, int64_t at, int64_t col, F v, int64_t n, int64_t rank) {
+  auto* row = (bf16*)a.row(m, at);
+  if constexpr (in_parts<M>) {
+    if (col == 0) std::memset(row, 0, 4 * (size_t)added_words<M>(rank));
+    F parts[3];
+    split(v, parts);
+    for (int i = 0; i < 6; ++i) store_n(row + i * added_part(rank) + col, parts[kAddedLeft[i]], n);
+  } else if constexpr (Operand<M>::pairs) {
+    store_n(row + col, v, n);
+    for (int64_t i = rank; n <= W && i < words_of<M>(rank) * 2; ++i) row[i] = 0;
+  } else {
+    store_n((float*)row + col, rounded<M>(v), n);
+  }
 }
 
 // -- the product -----------------------------------------------------------------------------------------------------
 
-// Up to kPass of k: where they start in A, where in B's panel 0, how far the next panel and the next strip are.
+// Some words of B's k: where they start in A, where in B's panel 0, how far the next panel and the next strip are.
 struct Pass {
   int64_t a;
   const uint32_t* b;
@@ -315,6 +449,7 @@ FA_INLINE Pass packed_pass(int64_t a, const uint32_t* words, int64_t count) {
 template <class T>
 class Passes {
  public:
+  // start: in words of A.
   explicit Passes(int64_t start = 0, int64_t length = Tiles<T>::pass) : start_(start), length_(length) {}
   // A B whose rows are ldb apart.
   void add(const uint32_t* b, int64_t panel_stride, int64_t ldb, int64_t words) {
@@ -328,13 +463,14 @@ class Passes {
   void add(const Pass& all) {
     for (int64_t k = 0; k < all.words; k += length_) {
       Pass& pass = passes_[count_++] = all;
-      pass.a = start_ + k;
+      pass.a = start_ + (in_parts<T> ? words_of<T>(k) : k);
       pass.b += k * all.ldb;
       pass.words = std::min(length_, all.words - k);
     }
-    start_ += (all.words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
+    const int64_t words = in_parts<T> ? words_of<T>(all.words) : all.words;
+    start_ += (words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
   }
-  Pass passes_[kMaxPasses];
+  Pass passes_[in_parts<T> ? 2 * kMaxPasses : kMaxPasses];
   int count_ = 0;
   int64_t start_, length_;
 };
@@ -342,7 +478,7 @@ class Passes {
 template <class T>
 FA_INLINE Passes<T> passes_of(const Packed& p) {
   Passes<T> list(0, p.n <= W ? std::min<int64_t>(128, Tiles<T>::pass) : Tiles<T>::pass);
-  list.add_packed(p.words, words_of<T>(p.k));
+  list.add_packed(p.words, packed_words_of<T>(p.k));
   return list;
 }
 // All strips of a panel for one tile of a block's rows, a's words standing where the pass begins.
@@ -389,12 +525,8 @@ struct Waiting {
     if (rows > 0) epilogue(panel, RowTile{tile.m + from, rows, tile.slot}, c + from * 32);
   }
 };
-// For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
-// [rows][32] (or has done so while_in_registers, where a unit of its own multiplies), then epilogue(panel, tile, c), which
-// may not multiply and may come in parts of a tile's rows. `ahead` is asked for meanwhile.
-// tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
 template <class T, class Rows, class TileAt, class Add, class Epilogue>
-FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
+FA_INLINE void product_of_words(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
                                 int64_t first, int64_t last, float* c, const Ahead& ahead, Add&& add,
                                 Epilogue&& epilogue) {
   using Tl = Tiles<T>;
@@ -425,7 +557,7 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
           const Lines mine = share(i);
           const int64_t of_mine = (mine.count + steps - 1) / steps;
           Tl::run_beside(wanted <= W, (int)t.rows, a.row(t.m, pass.a), a.stride(), b, pass.words, tile, i_pass > 0,
-                         [&](int64_t step, int64_t) __attribute__((always_inline)) {
+                         [&](int64_t step) __attribute__((always_inline)) {
             ask({asked + step * of_b * 64, of_b});
             ask({mine.p + step * of_mine * 64, of_mine});
             waiting.some(step, some, epilogue);
@@ -458,6 +590,20 @@ FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at,
   }
   if constexpr (Tl::apart) waiting.some(0, waiting.tile.rows, epilogue);
 }
+#if FA_BF16 == 2 || FA_BF16 == 3
+#include "parts.inl"
+#endif
+// For every tile of the product of A's rows with panels [first, last): add(panel, tile, c), which may multiply more into c
+// [rows][32] (or has done so while_in_registers, where a unit of its own multiplies), then epilogue(panel, tile, c), which
+// may not multiply and may come in parts of a tile's rows. `ahead` is asked for meanwhile.
+// tile_at(i) is the i-th of `blocks` tiles; `columns` are the whole product's.
+template <class T, class Rows, class TileAt, class Add, class Epilogue>
+FA_INLINE void product_of_tiles(const Rows& a, int64_t blocks, TileAt&& tile_at, const Passes<T>& k, int64_t columns,
+                                int64_t first, int64_t last, float* c, const Ahead& ahead, Add&& add,
+                                Epilogue&& epilogue) {
+  if constexpr (in_parts<T>) product_of_parts(a, blocks, tile_at, k, columns, first, last, c, ahead, add, epilogue);
+  else product_of_words<T>(a, blocks, tile_at, k, columns, first, last, c, ahead, add, epilogue);
+}
 struct NothingToAdd {
   void while_in_registers(bool, int64_t, const RowTile&) const {}
   void operator()(int64_t, const RowTile&, float*) const {}
@@ -475,19 +621,19 @@ FA_INLINE void product(const Rows& a, int64_t rows, const Passes<T>& k, int64_t 
 template <class T>
 FA_INLINE void product_into(const ABlock& a, int64_t rows, const Passes<T>& k, int64_t panels, float* c, float* out,
                             int64_t ldo, const Ahead& ahead) {
-  using Tl = Tiles<T>;
-  if (k.count() == 1) {  // a tile may write rows past its own: the next one, made later, puts them right
-    [[maybe_unused]] typename Tl::Session session{};
-    const int64_t tiles = tiles_in<T>(rows);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      ask(ahead.share(panel, panels));
-      for (int64_t i = 0; i < tiles; ++i) {
-        const RowTile t = tile_of<T>(rows, i, tiles);
-        multiply_panel<T>((int)t.rows, a.row(t.m, 0), k[0], panel, out + t.m * ldo + panel * 32, ldo, false);
+  if constexpr (!in_parts<T>)
+    if (k.count() == 1) {  // a tile may write rows past its own: the next one, made later, puts them right
+      [[maybe_unused]] typename Tiles<T>::Session session{};
+      const int64_t tiles = tiles_in<T>(rows);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        ask(ahead.share(panel, panels));
+        for (int64_t i = 0; i < tiles; ++i) {
+          const RowTile t = tile_of<T>(rows, i, tiles);
+          multiply_panel<T>((int)t.rows, a.row(t.m, 0), k[0], panel, out + t.m * ldo + panel * 32, ldo, false);
+        }
       }
+      return;
     }
-    return;
-  }
   product<T>(a, rows, k, 0, panels, c, ahead, [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
     for (int64_t r = 0; r < mr; ++r)
       for (int v = 0; v < kNV; ++v) store(out + (m + r) * ldo + panel * 32 + v * W, load(tile + r * 32 + v * W));
@@ -498,23 +644,41 @@ FA_INLINE int64_t tile_scratch(int64_t rows) { return (padded_rows(rows) + 32) *
 
 // -- packing B -------------------------------------------------------------------------------------------------------
 
-// part: of every 32 columns the even ones, then the odd ones, where T is multiplied in pairs.
+FA_INLINE float as_float(float v) { return v; }
+FA_INLINE float as_float(bf16 v) {
+  const uint32_t u = (uint32_t)v << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+// Order::added of floats in parts: words of two k, k running over the parts of added_part(k) rows.
+template <class S>
+void pack_added_parts(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_t* words) {
+  const int64_t kw = added_words<Parts>(k), part_words = added_part(k) / 2;
+  for (int64_t panel = 0; panel < (n + 31) / 32; ++panel)
+    for (int64_t i = 0; i < kw; ++i)
+      for (int64_t j = 0; j < 32; j += W) {
+        U word{};
+        for (int64_t half = 0; half < 2 && i < 6 * part_words; ++half) {
+          const int64_t row = i % part_words * 2 + half;
+          float lanes[W] = {};
+          for (int l = 0; l < W; ++l)
+            if (row < k && panel * 32 + j + l < n) lanes[l] = as_float(src[row * sk + (panel * 32 + j + l) * sn]);
+          F parts[3];
+          split(load(lanes), parts);
+          word |= (bits(parts[kAddedRight[i / part_words]]) >> 16) << (16 * half);
+        }
+        std::memcpy(words + panel * kw * 32 + packed_at<bf16>(kw, j, i), &word, sizeof word);
+      }
+}
+// Order::parted is that of `plain` where T is not multiplied in pairs.
 template <class T, class S>
-void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, bool part, uint32_t* words) {
+void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, Order order, uint32_t* words) {
   const int64_t kw = words_of<T>(k), panels = (n + 31) / 32;
   auto value = [&](int64_t i, int64_t j) -> float {
-    if (i >= k || j >= n) return 0.0f;
-    const S v = src[i * sk + j * sn];
-    if constexpr (std::is_same_v<S, bf16>) {
-      uint32_t u = (uint32_t)v << 16;
-      float f;
-      std::memcpy(&f, &u, 4);
-      return f;
-    } else {
-      return v;
-    }
+    return i < k && j < n ? as_float(src[i * sk + j * sn]) : 0.0f;
   };
-  const bool parts = part && Operand<T>::pairs;
+  const bool parts = order == Order::parted && Operand<T>::pairs;
   auto column = [&](int64_t j) { return parts ? j % 16 * 2 + j / 16 : j; };  // of a panel's 32, where column j is made
   for (int64_t p = 0; p < panels; ++p) {
     uint32_t* panel = words + p * kw * 32;

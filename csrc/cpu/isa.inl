@@ -15,17 +15,27 @@ namespace FA_NAMESPACE {
 #include "merge.inl"
 #include "mix.inl"
 
-inline int64_t packed_words(DType t, int64_t k, int64_t n) {
-  return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * ((n + 31) / 32 * 32);
+inline int64_t packed_words(DType t, int64_t k, int64_t n, Order order) {
+  const int64_t panels = (n + 31) / 32 * 32;
+  if (order == Order::added)
+    return (t == DType::f32 ? added_words<Multiplied<float>>(k) : added_words<Multiplied<bf16>>(k)) * panels;
+  return (t == DType::f32 ? words_of<float>(k) : words_of<bf16>(k)) * panels;
+}
+template <class T>
+void pack_from(DType source, const void* src, int64_t k, int64_t n, int64_t sk, int64_t sn, Order order,
+               uint32_t* words) {
+  auto from = [&](auto* values) {
+    if constexpr (in_parts<Multiplied<T>>)
+      if (order == Order::added) return pack_added_parts(values, k, n, sk, sn, words);
+    pack_as<T>(values, k, n, sk, sn, order, words);
+  };
+  if (source == DType::f32) from((const float*)src);
+  else from((const bf16*)src);
 }
 inline void pack(DType compute, DType source, const void* src, int64_t k, int64_t n, int64_t sk, int64_t sn,
-                 bool part, uint32_t* words) {
-  if (compute == DType::f32)
-    source == DType::f32 ? pack_as<float>((const float*)src, k, n, sk, sn, part, words)
-                         : pack_as<float>((const bf16*)src, k, n, sk, sn, part, words);
-  else
-    source == DType::f32 ? pack_as<bf16>((const float*)src, k, n, sk, sn, part, words)
-                         : pack_as<bf16>((const bf16*)src, k, n, sk, sn, part, words);
+                 Order order, uint32_t* words) {
+  if (compute == DType::f32) pack_from<float>(source, src, k, n, sk, sn, order, words);
+  else pack_from<bf16>(source, src, k, n, sk, sn, order, words);
 }
 #define FA_ENTRY(op, Params)                                 \
   inline void op(const Params& p, Parallel parallel) {       \

@@ -14,6 +14,9 @@ struct Packed {
   const uint32_t* words;
   int64_t k, n;
 };
+// What a packed matrix is for: `plain`; `parted`: of every 32 columns the even ones first, where the bottleneck wants them so;
+// `added`: a LoRA's second matrix, multiplied into the sums of another product.
+enum class Order : int { plain, parted, added };
 
 struct Dropout {
   bool on = false;
@@ -30,7 +33,7 @@ using Parallel = void (*)(int64_t tasks, Task fn, void* context);
 struct LowRank {
   int owner, slot;
   int64_t rank, column;  // `column` of s is its first
-  Packed down, up;       // forward: A^T [k, rank] and B^T [rank, n]; backward: B [n, rank] and A [rank, k]
+  Packed down, up;       // forward: A^T [k, rank] and B^T [rank, n]; backward: B [n, rank] and A [rank, k]; `up` as added
   float scale;
   Dropout drop;
   float *da, *db;  // backward: [rank, k] and [n, rank], both or neither
@@ -234,10 +237,10 @@ constexpr int kMaxPasses = 512;  // passes of 128 words or more: 65,536 floats o
 
 struct Table {
   const char* name;
-  int64_t (*packed_words)(DType compute, int64_t k, int64_t n);
-  // src(k, n) = src[k * stride_k + n * stride_n]; `part`: of every 32 columns of n the even ones first
+  int64_t (*packed_words)(DType compute, int64_t k, int64_t n, Order order);
+  // src(k, n) = src[k * stride_k + n * stride_n]
   void (*pack)(DType compute, DType source, const void* src, int64_t k, int64_t n, int64_t stride_k, int64_t stride_n,
-               bool part, uint32_t* words);
+               Order order, uint32_t* words);
   void (*linear_forward)(const LinearForward&, Parallel);
   void (*linear_backward)(const LinearBackward&, Parallel);
   void (*bottleneck_forward)(const BottleneckForward&, Parallel);

@@ -6,20 +6,21 @@
 
 // Rows in a chunk: x's chunk comes from the second or third level cache again for every panel, and the weights from the
 // third or from memory again for every chunk. The faster the product, the more rows a weight has to serve.
-template <class T>
+template <class M>
 int64_t chunk_rows(int64_t rows, int64_t kw) {
-  constexpr bool fast = Tiles<T>::whole;
+  constexpr bool fast = Tiles<M>::whole;
   constexpr int64_t words = (fast ? 288 : W == 16 ? 520 : 260) * 1024, most = fast ? 512 : 168;
   if (rows <= 128) return rows;
-  return std::max<int64_t>(32, std::min(most, words / kw) / Tiles<T>::max_rows * Tiles<T>::max_rows);
+  if constexpr (in_parts<M>) kw = std::min(kw, Tiles<M>::section);
+  return std::max<int64_t>(32, std::min(most, words / kw) / Tiles<M>::max_rows * Tiles<M>::max_rows);
 }
 
-struct Split {
+struct Shares {
   int64_t chunks, columns;  // tasks = chunks * columns
 };
-template <class T>
-Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
-  const int64_t each = chunk_rows<T>(rows, kw);
+template <class M>
+Shares shares_of(int64_t rows, int64_t kw, int64_t panels, int threads) {
+  const int64_t each = chunk_rows<M>(rows, kw);
   int64_t chunks = (rows + each - 1) / each;
   if (chunks >= threads) {
     chunks = std::min(rows, (chunks + threads - 1) / threads * threads);
@@ -30,7 +31,7 @@ Split split(int64_t rows, int64_t kw, int64_t panels, int threads) {
 
 // How many rows the chunk after a task's has, if the same thread takes it then.
 template <class T>
-int64_t rows_after(int64_t rows, const Split& s, int64_t task, int threads) {
+int64_t rows_after(int64_t rows, const Shares& s, int64_t task, int threads) {
   if (s.columns > 1 || !has_next(task, s.chunks, threads)) return 0;
   return part_start<T>(rows, task + 2, s.chunks) - part_start<T>(rows, task + 1, s.chunks);
 }
@@ -90,12 +91,12 @@ int64_t tile_scratch_of(const TileList& list) { return (list.count + 1) * Tiles<
 
 // Where in a row of the A block each LoRA's words stand, from `start` on; LoRAs of different slots share words.
 // Returns the end.
-template <class T>
+template <class M>
 int64_t place(const LowRanks& low, int64_t start, int64_t* at) {
   int64_t next = start, end = start;
   for (int i = 0; i < low.count; ++i) {
     if (i == 0 || low.loras[i].slot != low.loras[i - 1].slot) next = start;
-    const int64_t words = words_of<T>(low.loras[i].rank);
+    const int64_t words = added_words<M>(low.loras[i].rank);
     if (next % kBlock + words > kBlock) next = (next / kBlock + 1) * kBlock;
     at[i] = next;
     next += words;
@@ -109,39 +110,57 @@ struct Extra {
   int count;
 };
 // Adds those of a tile's slot to it, then what `then` adds; `extras` is null where nothing is to be added.
-template <class T, class Then>
+template <class M, class Then>
 struct Adding {
   const ABlock& a;
   const Extra* extras;
   const Then& then;
   FA_INLINE void while_in_registers([[maybe_unused]] bool two, [[maybe_unused]] int64_t panel,
                                     [[maybe_unused]] const RowTile& t) const {
-    if constexpr (Tiles<T>::apart)
+    if constexpr (Tiles<M>::apart)
       for (int e = 0; extras && e < extras[t.slot].count; ++e) {
         const Pass& extra = extras[t.slot].passes[e];
-        Tiles<T>::multiply_more(two, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.words);
+        Tiles<M>::multiply_more(two, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.words);
       }
   }
   FA_INLINE void operator()(int64_t panel, const RowTile& t, float* tile) const {
-    if constexpr (!Tiles<T>::apart)
+    if constexpr (!Tiles<M>::apart)
       for (int e = 0; extras && e < extras[t.slot].count; ++e) {
         const Pass& extra = extras[t.slot].passes[e];
-        multiply_panel<T>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+        multiply_panel<M>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
       }
     then(panel, t, tile);
   }
 };
-// The passes that LoRAs chosen by `wanted` add, by slot.
-template <class T, class Wanted>
+// fn(pass) for those of a LoRA's second matrix: as long as any other product's, so that they round as little.
+template <class M, class Fn>
+FA_INLINE void for_added_passes(const LowRank& l, int64_t at, Fn&& fn) {
+  const int64_t words = added_words<M>(l.rank), length = Tiles<Added<M>>::pass;
+  for (int64_t k = 0; k < words; k += length) {
+    Pass pass = packed_pass<Added<M>>(at + k, l.up.words, words);
+    pass.b += k * pass.ldb;
+    pass.words = std::min(length, words - k);
+    fn(pass);
+  }
+}
+template <class M>
+int64_t added_passes(const LowRanks& low) {
+  int64_t count = 0;
+  for (int i = 0; i < low.count; ++i) for_added_passes<M>(low.loras[i], 0, [&](const Pass&) { ++count; });
+  return count;
+}
+// The passes that LoRAs chosen by `wanted` add, by slot; room for added_passes.
+template <class M, class Wanted>
 const Extra* extras_of(const LowRanks& low, const int64_t* at, Pass* passes, Extra* extras, Wanted&& wanted) {
   int count = 0, i = 0;
   for (int slot = 0; slot < low.slots; ++slot) {
     extras[slot] = {passes + count, 0};
     for (; i < low.count && low.loras[i].slot == slot; ++i) {
       if (!wanted(low.loras[i])) continue;
-      const int64_t words = words_of<T>(low.loras[i].rank);
-      passes[count++] = packed_pass<T>(at[i], low.loras[i].up.words, words);
-      ++extras[slot].count;
+      for_added_passes<M>(low.loras[i], at[i], [&](const Pass& pass) {
+        passes[count++] = pass;
+        ++extras[slot].count;
+      });
     }
   }
   return extras;
@@ -154,37 +173,36 @@ inline TileList only(const TileList& all, int slot, bool one_slot, int scratch_s
     if (all.tiles[i].slot == slot) list.tiles[list.count++] = all.tiles[i];
   return list;
 }
-// The product of `from`, at words `start`, with a LoRA's first matrix, times the scale, into the words of `a` at `at`;
-// sink(row, column, value, n) sees what was put there.
-template <class T, class Rows, class Sink>
+// The product of `from`, at words `start`, with a LoRA's first matrix, times the scale, into the words of `a` at `at`,
+// and into `copy`, whose rows are `ld` apart, if there is one.
+template <class T, class Rows, class S>
 void low_product(const LowRank& l, const Rows& from, int64_t start, const ABlock& a, int64_t at,
-                 const TileList& tiles, float* c, Sink&& sink) {
-  constexpr int64_t per = Operand<T>::per_word;
-  Passes<T> k(start);
-  k.add_packed(l.down.words, words_of<T>(l.down.k));
-  product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, l.rank, 0,
+                 const TileList& tiles, float* c, S* copy, int64_t ld) {
+  using M = Multiplied<T>;
+  Passes<M> k(start);
+  k.add_packed(l.down.words, packed_words_of<M>(l.down.k));
+  product_of_tiles<M>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, k, l.rank, 0,
                       (l.rank + 31) / 32, c, Ahead(), NothingToAdd{},
                       [&](int64_t panel, const RowTile& t, const float* tile) {
-    for (int64_t r = 0; r < t.rows; ++r) {
+    for (int64_t r = 0; r < t.rows; ++r)
       for (int v = 0; v < kNV; ++v) {
         const int64_t col = panel * 32 + v * W, n = l.rank - col;
         if (n <= 0) break;
         const F value = rounded<T>(load(tile + r * 32 + v * W) * l.scale);
-        put<T>(a, t.m + r, at * per + col, value, n);
-        sink(t.m + r, col, value, n);
+        put_added<M>(a, t.m + r, at, col, value, n, l.rank);
+        if (copy) store_n(copy + (t.m + r) * ld + col, value, n);
       }
-      pad_row<T>(a, t.m + r, l.rank, at);
-    }
   });
 }
 // Rows of x with a LoRA's own dropout, as an A block. `keep` are the bytes of the chunk's rows.
 template <class T>
 void masked_block(const ABlock& a, const T* x, int64_t rows, int64_t k, const int8_t* keep, float keep_scale) {
+  using M = Multiplied<T>;
   const int64_t stride = (k + 63) / 64 * 64;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < k; i += W)
-      put<T>(a, r, i, dropped_n(load_n(x + r * k + i, k - i), keep + r * stride + i, keep_scale, k - i), k - i);
-    pad_row<T>(a, r, k);
+      put<M>(a, r, i, dropped_n(load_n(x + r * k + i, k - i), keep + r * stride + i, keep_scale, k - i), k - i);
+    pad_row<M>(a, r, k);
   }
 }
 
@@ -228,10 +246,11 @@ void words_over_rows(const S* from, int64_t stride, int64_t rows, int64_t n, uin
 }
 
 // out[j][i] += sum over rows of left[row][j] right[row][i], j < m, i < n: the gradient of a matrix. Both hold values
-// that are rounded to T; out's rows are `ldo` apart and have room for whole panels of 32.
-template <class T, class L, class R>
-void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, const R* right, int64_t right_stride,
-                   int64_t n, float* out, int64_t ldo) {
+// that are rounded to T; out's rows are `ldo` apart and have room for whole panels of 32. strip(col, words) adds the words
+// of 32 columns of `right` to the passes that it gives back; `words` is room for them.
+template <class T, class L, class Strip>
+void add_over_rows_of(int64_t rows, const L* left, int64_t left_stride, int64_t m, int64_t n, float* out, int64_t ldo,
+                      Strip&& strip) {
   Scratch& s = scratch();
   const int64_t kw = words_of<T>(rows), ld = (m + W - 1) / W * W;
   ABlock a{s.get<uint32_t>(9, ABlock::size(m, kw)), padded_rows(m)};
@@ -239,21 +258,47 @@ void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, 
   float* c = s.get<float>(11, tile_scratch(m));
   words_over_rows<T>(left, left_stride, rows, m, words, ld);
   transpose((const float*)words, ld, kw, m, (float*)a.words, kStride);
-  for (int64_t col = 0; col < n; col += 32) {
-    Passes<T> k;
-    if (std::is_same_v<R, float> && !Operand<T>::pairs && n - col >= 32) {
-      k.add((const uint32_t*)(right + col), 0, right_stride, kw);  // floats are their own words
-    } else {
-      words_over_rows<T>(right + col, right_stride, rows, std::min<int64_t>(32, n - col), words, 32);
-      k.add(words, 0, 32, kw);
-    }
-    product<T>(a, m, k, 0, 1, c, Ahead(), [&](int64_t, int64_t first, int64_t count, const float* tile) {
+  for (int64_t col = 0; col < n; col += 32)
+    product<T>(a, m, strip(col, words), 0, 1, c, Ahead(), [&](int64_t, int64_t first, int64_t count, const float* tile) {
       for (int64_t r = 0; r < count; ++r)
         for (int v = 0; v < kNV; ++v) {
           float* to = out + (first + r) * ldo + col + v * W;
           store(to, load(to) + load(tile + r * 32 + v * W));
         }
     });
+}
+template <class T, class L, class R>
+void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, const R* right, int64_t right_stride,
+                   int64_t n, float* out, int64_t ldo) {
+  add_over_rows_of<T>(rows, left, left_stride, m, n, out, ldo, [&](int64_t col, uint32_t* words) {
+    Passes<T> k;
+    if (std::is_same_v<R, float> && !Operand<T>::pairs && n - col >= 32) {
+      k.add((const uint32_t*)(right + col), 0, right_stride, words_of<T>(rows));  // floats are their own words
+    } else {
+      words_over_rows<T>(right + col, right_stride, rows, std::min<int64_t>(32, n - col), words, 32);
+      k.add(words, 0, 32, words_of<T>(rows));
+    }
+    return k;
+  });
+}
+// `right` are n numbers of rows of a block, from word `start` on.
+template <class T, class L>
+void add_over_block_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, const ABlock& right, int64_t first,
+                         int64_t start, int64_t n, float* out, int64_t ldo) {
+  using M = Multiplied<T>;
+  if constexpr (in_parts<M>) {
+    add_over_rows_of<T>(rows, left, left_stride, m, n, out, ldo, [&](int64_t col, uint32_t* words) {
+      for (int64_t r = 0; r < rows; ++r) numbers_of_parts(right, first + r, start, col, (float*)words + r * 32);
+      Passes<T> k;
+      k.add(words, 0, 32, words_of<T>(rows));
+      return k;
+    });
+  } else {
+    using D = std::conditional_t<Operand<T>::pairs, bf16, float>;
+    constexpr int64_t per = Operand<T>::per_word, blocked = kBlock * per;  // a block of A is so many columns
+    for (int64_t col = 0; col < n; col += blocked)
+      add_over_rows<T>(rows, left, left_stride, m, (const D*)right.row(first, start + col / per), kStride * per,
+                       std::min(blocked, n - col), out + col, ldo);
   }
 }
 
@@ -263,18 +308,19 @@ void add_over_rows(int64_t rows, const L* left, int64_t left_stride, int64_t m, 
 template <class T, Act A>
 void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int64_t next, int64_t column,
                           int64_t columns) {
+  using M = Multiplied<T>;
   Scratch& s = scratch();
   const LowRanks& low = p.low;
-  const int64_t kw = words_of<T>(p.k);
-  const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 3);
+  const int64_t kw = words_of<M>(p.k);
+  const TileList tiles = tiles_of_chunk<M>(low, p.rows, r0, rows, 3);
   int64_t* at = s.get<int64_t>(4, low.count);
   // Where x is read in place, only the LoRAs' words stand in the block.
-  const bool direct = in_place<T>(rows, p.k, p.n / columns) && all_whole<T>(tiles);
-  const int64_t words = std::max<int64_t>(1, place<T>(low, direct ? 0 : kw, at));
+  const bool direct = in_place<M>(rows, p.k, p.n / columns) && all_whole<M>(tiles);
+  const int64_t words = std::max<int64_t>(1, place<M>(low, direct ? 0 : kw, at));
   const NothingToAdd nothing;
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
-  float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
-  for (int64_t r = 0; r < rows && !direct; ++r) copy_row<T>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
+  float* c = s.get<float>(1, tile_scratch_of<M>(tiles));
+  for (int64_t r = 0; r < rows && !direct; ++r) copy_row<M>(a, r, (const T*)p.x + (r0 + r) * p.k, p.k);
   for (int i = 0; i < low.count; ++i) {
     const LowRank& l = low.loras[i];
     const TileList mine = only(tiles, l.slot, low.slots == 1, 6);
@@ -287,11 +333,9 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
       dropped_x.words = s.get<uint32_t>(5, ABlock::size(rows + 32, kw));
       masked_block<T>(dropped_x, (const T*)p.x + r0 * p.k, rows, p.k, kept, l.drop.keep_scale);
     }
-    with_rows<T>(direct && !l.drop.on, (const T*)p.x + r0 * p.k, p.k, l.drop.on ? dropped_x : a, [&](const auto& from) {
-      low_product<T>(l, from, 0, a, at[i], mine, c,
-                     [&](int64_t r, int64_t col, F value, int64_t n) {
-        if (p.s && column == 0) store_n((T*)p.s + (r0 + r) * low.columns + l.column + col, value, n);
-      });
+    with_rows<M>(direct && !l.drop.on, (const T*)p.x + r0 * p.k, p.k, l.drop.on ? dropped_x : a, [&](const auto& from) {
+      T* saved = p.s && column == 0 ? (T*)p.s + r0 * low.columns + l.column : nullptr;
+      low_product<T>(l, from, 0, a, at[i], mine, c, saved, low.columns);
     });
   }
   const int64_t keep_stride = (p.n + 63) / 64 * 64;
@@ -300,14 +344,14 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     keep = s.get<int8_t>(2, rows * keep_stride);
     keep_rows(r0, rows, p.n, p.drop, keep);
   }
-  Pass* passes = s.get<Pass>(7, low.count);
+  Pass* passes = s.get<Pass>(7, added_passes<M>(low));
   Extra* extras = s.get<Extra>(8, low.slots);
   const bool stream = streams(p.y, p.rows, p.n * (int64_t)sizeof(T));
   int64_t offset = 0;
   for (int w = 0; w < p.count; ++w) {
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
     const Extra* extra =
-        low.count ? extras_of<T>(low, at, passes, extras, [&](const LowRank& l) { return l.owner == w; }) : nullptr;
+        low.count ? extras_of<M>(low, at, passes, extras, [&](const LowRank& l) { return l.owner == w; }) : nullptr;
     auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
       const int64_t m = t.m, mr = t.rows;
       // The common cases apart: nothing but arithmetic in their loops.
@@ -359,11 +403,11 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     Ahead ahead;
     if (w == 0) ahead.add((const T*)p.x + (r0 + rows) * p.k, next * p.k * (int64_t)sizeof(T));
     auto multiply = [&](const auto& from) {
-      product_of_tiles<T>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<T>(p.weights[w]),
+      product_of_tiles<M>(from, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes_of<M>(p.weights[w]),
                           panels * 32, panels * column / columns, panels * (column + 1) / columns, c, ahead,
-                          Adding<T, NothingToAdd>{a, extra, nothing}, epilogue);
+                          Adding<M, NothingToAdd>{a, extra, nothing}, epilogue);
     };
-    with_rows<T>(direct, (const T*)p.x + r0 * p.k, p.k, a, multiply);
+    with_rows<M>(direct, (const T*)p.x + r0 * p.k, p.k, a, multiply);
     offset += n;
   }
   if (stream) end_of_stream();
@@ -371,12 +415,13 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
 
 template <class T>
 void linear_forward_typed(const LinearForward& p, Parallel parallel) {
+  using M = Multiplied<T>;
   with_act(p.act, [&](auto a) {
-    const Split s = split<T>(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    const Shares s = shares_of<M>(p.rows, words_of<M>(p.k), (p.n + 31) / 32, p.threads);
     parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
-      const int64_t chunk = task / s.columns, r0 = part_start<T>(p.rows, chunk, s.chunks);
-      const int64_t r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
-      linear_forward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<T>(p.rows, s, task, p.threads), task % s.columns,
+      const int64_t chunk = task / s.columns, r0 = part_start<M>(p.rows, chunk, s.chunks);
+      const int64_t r1 = part_start<M>(p.rows, chunk + 1, s.chunks);
+      linear_forward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<M>(p.rows, s, task, p.threads), task % s.columns,
                                        s.columns);
     });
   });
@@ -407,16 +452,16 @@ struct LinearGrads {
 template <class T, Act A>
 void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t following, int64_t column,
                            int64_t columns, const LinearGrads& layout, float* grads) {
-  constexpr int64_t per = Operand<T>::per_word;
+  using M = Multiplied<T>;
   Scratch& s = scratch();
   const LowRanks& low = p.low;
   int64_t kw = 0;  // every weight's k starts a new block
-  for (int w = 0; w < p.count; ++w) kw += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
-  const TileList tiles = tiles_of_chunk<T>(low, p.rows, r0, rows, 4);
+  for (int w = 0; w < p.count; ++w) kw += (words_of<M>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+  const TileList tiles = tiles_of_chunk<M>(low, p.rows, r0, rows, 4);
   int64_t* at = s.get<int64_t>(5, low.count);
-  const int64_t words = place<T>(low, kw, at);
+  const int64_t words = place<M>(low, kw, at);
   ABlock a{s.get<uint32_t>(0, ABlock::size(rows + 32, words)), padded_rows(rows + 32)};
-  float* c = s.get<float>(1, tile_scratch_of<T>(tiles));
+  float* c = s.get<float>(1, tile_scratch_of<M>(tiles));
   const int64_t keep_stride = (p.k + 63) / 64 * 64;
   int8_t* keep = p.drop.on ? s.get<int8_t>(2, keep_stride) : nullptr;
   const bool weights = grads && LinearGrads::weights(p), filled = p.dx || low.count;
@@ -438,11 +483,11 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
         if constexpr (A != Act::none)
           d = d * (p.code ? load_code(p.code + from, k - i) : d_act<A>(load_n((const T*)p.z + from, k - i)));
         if (dbias) add_to(sums.near + col + i, d, k - i);
-        if (filled) put<T>(part, r, i, d, k - i);
+        if (filled) put<M>(part, r, i, d, k - i);
       }
-      if (filled) pad_row<T>(part, r, k);
+      if (filled) pad_row<M>(part, r, k);
       col += k;
-      base += (words_of<T>(k) + kBlock - 1) / kBlock * kBlock;
+      base += (words_of<M>(k) + kBlock - 1) / kBlock * kBlock;
     }
     const int next = r + 1 < rows ? slot_of(low, r0 + r + 1, p.rows) : -1;
     sums.end_row(r, next != slot);
@@ -461,11 +506,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     const TileList mine = only(tiles, l.slot, low.slots == 1, 7);
     if (mine.count == 0) continue;
     int64_t base = 0;
-    for (int w = 0; w < l.owner; ++w) base += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
-    low_product<T>(l, a, base, a, at[i], mine, c,
-                   [&](int64_t r, int64_t col, F value, int64_t n) {
-      if (dlow) store_n(dlow + r * low_stride + l.column + col, value, n);
-    });
+    for (int w = 0; w < l.owner; ++w) base += (words_of<M>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+    low_product<T>(l, a, base, a, at[i], mine, c, dlow ? dlow + l.column : nullptr, low_stride);
   }
   // The keep bytes of the LoRAs that drop, one after another.
   const int64_t x_stride = (p.n + 63) / 64 * 64;
@@ -510,13 +552,9 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
           const int64_t np = LinearGrads::padded_k(p, i), n = p.weights[own.owner].k;
           if (own.slot == run_slot) {
             int64_t base = 0;
-            for (int w = 0; w < own.owner; ++w) base += (words_of<T>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
+            for (int w = 0; w < own.owner; ++w) base += (words_of<M>(p.weights[w].k) + kBlock - 1) / kBlock * kBlock;
             const T* left = (const T*)p.s + (r0 + first) * low.columns + own.column;
-            using D = std::conditional_t<Operand<T>::pairs, bf16, float>;  // of dz in its block
-            const int64_t blocked = kBlock * per;                          // a block of A is so many columns
-            for (int64_t col = 0; col < n; col += blocked)
-              add_over_rows<T>(count, left, low.columns, own.rank, (const D*)a.row(first, base + col / per), kStride * per,
-                               std::min(blocked, n - col), grads + db + col, np);
+            add_over_block_rows<T>(count, left, low.columns, own.rank, a, first, base, n, grads + db, np);
           }
           da += own.rank * layout.padded_n;
           db += own.rank * np;
@@ -525,13 +563,13 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     });
   if (!p.dx) return;
 
-  Passes<T> passes;
-  for (int w = 0; w < p.count; ++w) passes.add_packed(p.weights[w].words, words_of<T>(p.weights[w].k));
+  Passes<M> passes;
+  for (int w = 0; w < p.count; ++w) passes.add_packed(p.weights[w].words, packed_words_of<M>(p.weights[w].k));
   const Extra* extras = nullptr;
   if (low.count > dropping)
-    extras = extras_of<T>(low, at, s.get<Pass>(8, low.count), s.get<Extra>(13, low.slots),
+    extras = extras_of<M>(low, at, s.get<Pass>(8, added_passes<M>(low)), s.get<Extra>(13, low.slots),
                           [](const LowRank& l) { return !l.drop.on; });
-  float* apart = dropping ? s.get<float>(12, (Tiles<T>::max_rows + 32) * 32) : nullptr;
+  float* apart = dropping ? s.get<float>(12, (Tiles<M>::max_rows + 32) * 32) : nullptr;
   const int64_t panels = (p.n + 31) / 32, after = (r0 + rows) * p.k, elements = following * p.k;
   Ahead next;
   next.add((const T*)p.dy + after, elements * (int64_t)sizeof(T));
@@ -541,8 +579,9 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
     for (int i = 0; dropping && i < low.count; ++i) {  // what a LoRA's dropout hides gets no gradient from it
       const LowRank& l = low.loras[i];
       if (!l.drop.on || l.slot != t.slot) continue;
-      const Pass up = packed_pass<T>(at[i], l.up.words, words_of<T>(l.rank));
-      multiply_panel<T>((int)t.rows, a.row(t.m, at[i]), up, panel, apart, 32, false);
+      for_added_passes<M>(l, at[i], [&](const Pass& up) {
+        multiply_panel<Added<M>>((int)t.rows, a.row(t.m, up.a), up, panel, apart, 32, up.a != at[i]);
+      });
       const int8_t* mask = kept_of(i) + t.m * x_stride + panel * 32;
       for (int64_t r = 0; r < t.rows; ++r)
         for (int v = 0; v < kNV && panel * 32 + v * W < p.n; ++v) {
@@ -560,21 +599,22 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
         store_n((T*)p.dx + (r0 + t.m + r) * p.n + col, load(tile + r * 32 + v * W), p.n - col);
     }
   };
-  product_of_tiles<T>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
+  product_of_tiles<M>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
                       panels * column / columns, panels * (column + 1) / columns, c, next,
-                      Adding<T, decltype(dropped_terms)>{a, extras, dropped_terms}, epilogue);
+                      Adding<M, decltype(dropped_terms)>{a, extras, dropped_terms}, epilogue);
 }
 
 template <class T>
 void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
+  using M = Multiplied<T>;
   const LinearGrads layout(p);
   with_act(p.act, [&](auto a) {
-    const Split s = split<T>(p.rows, words_of<T>(p.k), (p.n + 31) / 32, p.threads);
+    const Shares s = shares_of<M>(p.rows, words_of<M>(p.k), (p.n + 31) / 32, p.threads);
     if (!LinearGrads::weights(p) && !p.dbias) {
       parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
         const int64_t chunk = task / s.columns, column = task % s.columns;
-        const int64_t r0 = part_start<T>(p.rows, chunk, s.chunks), r1 = part_start<T>(p.rows, chunk + 1, s.chunks);
-        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<T>(p.rows, s, task, p.threads), column, s.columns,
+        const int64_t r0 = part_start<M>(p.rows, chunk, s.chunks), r1 = part_start<M>(p.rows, chunk + 1, s.chunks);
+        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<M>(p.rows, s, task, p.threads), column, s.columns,
                                           layout, nullptr);
       });
       return;
@@ -586,10 +626,10 @@ void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
       float* grads = shares + part * size;
       std::memset(grads, 0, sizeof(float) * size);
       const int64_t first = p.rows * part / parts, count = p.rows * (part + 1) / parts - first;
-      const int64_t most = chunk_rows<T>(p.rows, words_of<T>(p.k)), chunks = (count + most - 1) / most;
+      const int64_t most = chunk_rows<M>(p.rows, words_of<M>(p.k)), chunks = (count + most - 1) / most;
       for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t r0 = first + part_start<T>(count, i, chunks), r1 = first + part_start<T>(count, i + 1, chunks);
-        const int64_t r2 = i + 1 < chunks ? first + part_start<T>(count, i + 2, chunks) : r1;
+        const int64_t r0 = first + part_start<M>(count, i, chunks), r1 = first + part_start<M>(count, i + 1, chunks);
+        const int64_t r2 = i + 1 < chunks ? first + part_start<M>(count, i + 2, chunks) : r1;
         linear_backward_chunk<T, a.value>(p, r0, r1 - r0, r2 - r1, 0, 1, layout, grads);
       }
     });

@@ -66,16 +66,16 @@ at::Tensor room_for(int64_t count) {
 
 PackedWeight packed(const Table& table, const at::Tensor& w, DType compute, Layout layout) {
   PackedWeight result;
-  const bool transposed = layout != Layout::plain;
+  const bool transposed = layout.transposed;
   result.k_ = w.size(transposed ? 1 : 0);
   result.n_ = w.size(transposed ? 0 : 1);
-  const int64_t count = table.packed_words(compute, result.k_, result.n_);
+  const int64_t count = table.packed_words(compute, result.k_, result.n_, layout.order);
   auto pack = [&](const at::Tensor& words) {
     const at::Tensor source =
         w.scalar_type() == at::kFloat || w.scalar_type() == at::kBFloat16 ? w : w.to(at::kFloat);
     table.pack(compute, source.scalar_type() == at::kFloat ? DType::f32 : DType::bf16, source.data_ptr(), result.k_,
                result.n_, source.stride(transposed ? 1 : 0), source.stride(transposed ? 0 : 1),
-               layout == Layout::parted, static_cast<uint32_t*>(words.data_ptr()));
+               layout.order, static_cast<uint32_t*>(words.data_ptr()));
   };
   if (w.is_inference() || !w.has_storage()) {
     result.words_ = pooled_empty({count}, at::kInt);

@@ -8,7 +8,11 @@
 
 namespace fastadapt::cpu {
 
-enum class Layout { plain, transposed, parted };  // B = w, B = w^T, B = w^T whose columns a kernel wants apart (pack)
+struct Layout {
+  bool transposed;  // B = w^T instead of w
+  Order order = Order::plain;
+  bool operator==(const Layout& o) const { return transposed == o.transposed && order == o.order; }
+};
 
 class PackedWeight {
  public:
