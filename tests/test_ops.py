@@ -731,13 +731,17 @@ def test_a_large_bottleneck_output_is_that_of_its_parts(dtype):
 def test_a_float_keeps_all_its_bits(runner):
     """By the identity it comes out as it was, also where it is multiplied in parts; infinity stays no finite number."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70, 100, generator=generator) * 2.0 ** torch.randint(-80, 80, (70, 100), generator=generator)
+
+    def numbers(low, high):
+        powers = 2.0 ** torch.randint(low, high, (70, 100), generator=generator)
+        return torch.randn(70, 100, generator=generator) * powers
+
+    x, tiny = numbers(-80, 80), numbers(-149, -80)
     x[3, 5], x[40, 99] = 3.3e38, -3.3e38
     eye = torch.eye(100)
     with runner.running():
         assert torch.equal(fa.ops.linear(x, eye), x)
         assert torch.equal(fa.ops.linear(eye, x), x.T)
-        tiny = torch.randn(70, 100, generator=generator) * 2.0 ** torch.randint(-149, -80, (70, 100), generator=generator)
         for y in (fa.ops.linear(tiny, eye), fa.ops.linear(eye, tiny).T):  # some processors take denormals as zero
             torch.testing.assert_close(y, tiny, rtol=0, atol=2.0**-124)
         x[7, 11], x[8, 12] = math.inf, math.nan
