@@ -2,9 +2,9 @@
 // stride, or multiplied where they lie.
 //
 // A block is [k blocks][rows][kStride] words. The constant stride turns a row's address into an instruction's
-// displacement, and 784 words (49 cache lines, an odd number) keep the rows of a tile apart in a set-associative cache.
+// displacement, and an odd number of cache lines keeps the rows of a tile apart in a set-associative cache.
 
-constexpr int64_t kBlock = FA_BF16 < 2 ? 768 : 2304;  // words of k in a row of a block
+constexpr int64_t kBlock = FA_BF16 < 2 ? 768 : 2304;  // words of k in a row of a block: room for a LoRA of kMaxRank
 constexpr int64_t kStride = kBlock + 16;              // words between rows of an A block
 
 // A float as the sum of three bfloat16 numbers, which holds all of its 24 bits: where bfloat16 is multiplied far faster than
