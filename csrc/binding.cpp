@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_forward(const Tensor& x, at::TensorList 
   std::vector<PackedWeight> packs;
   std::vector<Packed> views;
   for (const Tensor& w : weights) {
-    packs.push_back(packed(table, w, p.type, {true}));
+    packs.push_back(packed(table, w, p.type, kTransposed));
     views.push_back(packs.back().view());
     p.n += w.size(0);
   }
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backwa
   std::vector<PackedWeight> packs;
   std::vector<Packed> views;
   for (const Tensor& w : weights) {
-    packs.push_back(packed(table, w, p.type, {false}));
+    packs.push_back(packed(table, w, p.type, kPlain));
     views.push_back(packs.back().view());
   }
   LowRankArgs low(table, p.type, true, a, b, scales, owners, slots, slot_count, rows, lora_p, lora_seeds);
@@ -391,8 +391,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
   const Tensor z = save ? empty_like_type(x, {p.rows, p.b}) : empty_like_type(x, {0});
   const Tensor s = save && norm ? empty_like_type(x, {p.rows, p.hidden}) : empty_like_type(x, {0});
   if (p.rows == 0 || p.hidden == 0) return {y, z, s};
-  const PackedWeight down = packed(table, w_down, p.type, {true});
-  const PackedWeight up = packed(table, w_up, p.type, {true, Order::parted});
+  const PackedWeight down = packed(table, w_down, p.type, kTransposed);
+  const PackedWeight up = packed(table, w_up, p.type, kParted);
   const Floats bias_down(b_down, p.type, true), bias_up(b_up, p.type, true), vector(scale_vector, p.type, false);
   const Floats weight(norm_weight, p.type, false), bias(norm_bias, p.type, false);
   p.x = data(x);
@@ -450,8 +450,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
     for (const Tensor& t : {dw_down, db_down, g_up, g_bias, dnorm_weight, dnorm_bias}) t.zero_();
     return out;
   }
-  const PackedWeight up_t = packed(table, w_up, p.type, {false});
-  const PackedWeight down_t = packed(table, w_down, p.type, {false});
+  const PackedWeight up_t = packed(table, w_up, p.type, kPlain);
+  const PackedWeight down_t = packed(table, w_down, p.type, kPlain);
   const Floats factors(scale_vector, p.type, false), weight(norm_weight, p.type, false);
   p.dy = data(dy);
   p.x = data(x);
@@ -560,9 +560,9 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_rows_forward(
     const OptionalTensor down = w_down.get(i), up = w_up.get(i);
     if (!down.has_value()) continue;
     p.b = down->size(0);
-    packs.push_back(packed(table, *down, type, {true}));
+    packs.push_back(packed(table, *down, type, kTransposed));
     p.down = packs.back().view();
-    packs.push_back(packed(table, *up, type, {true, Order::parted}));
+    packs.push_back(packed(table, *up, type, kParted));
     p.up = packs.back().view();
     p.b_down = values(b_down.get(i), true);
     p.b_up = values(b_up.get(i), true);
@@ -654,9 +654,9 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>
     if (!down.has_value()) continue;
     p.b = down->size(0);
     p.x = data(swaps.get(i) ? residual : x);
-    packs.push_back(packed(table, *up, type, {false}));
+    packs.push_back(packed(table, *up, type, kPlain));
     p.up_t = packs.back().view();
-    packs.push_back(packed(table, *down, type, {false}));
+    packs.push_back(packed(table, *down, type, kPlain));
     p.down_t = packs.back().view();
     p.act = act_of(std::string(activations.get(i)));
     p.scale = floats.emplace_back(scale_vectors.get(i), type, false).get();

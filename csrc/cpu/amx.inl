@@ -64,20 +64,20 @@ __attribute__((noinline)) inline void emulated_dp(int c, int a, int b) {
 #define FA_TILE_DP(c, a, b) emulated_dp(c, a, b)
 #endif
 
-// Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B; Narrow leaves out the second half of
+// Tiles 0..3 accumulate (row half * 2 + column half), 4 and 5 hold A, 6 and 7 hold B; narrow leaves out the second half of
 // the columns. A's rows past `rows` are read (the block is padded) and only make rows of c that nobody looks at, within
 // c's padding. multiply(two) adds to the sums; two: whether there is a second half of the rows.
-template <bool Narrow, class Multiply>
-FA_INLINE void amx_tile(int rows, float* c, int64_t ldc, bool accumulate, Multiply&& multiply) {
+template <class Multiply>
+FA_INLINE void amx_tile(bool narrow, int rows, float* c, int64_t ldc, bool accumulate, Multiply&& multiply) {
   const int64_t c_stride = ldc * 4;
   const bool two = rows > 16;
   __asm__ volatile("" ::: "memory");  // GCC's tile loads don't tell that they read memory
   if (accumulate) {
     FA_TILE_LOAD(0, c, c_stride);
-    if (!Narrow) FA_TILE_LOAD(1, c + 16, c_stride);
+    if (!narrow) FA_TILE_LOAD(1, c + 16, c_stride);
     if (two) {
       FA_TILE_LOAD(2, c + 16 * ldc, c_stride);
-      if (!Narrow) FA_TILE_LOAD(3, c + 16 * ldc + 16, c_stride);
+      if (!narrow) FA_TILE_LOAD(3, c + 16 * ldc + 16, c_stride);
     }
   } else {
     FA_TILE_ZERO(0);
@@ -87,10 +87,10 @@ FA_INLINE void amx_tile(int rows, float* c, int64_t ldc, bool accumulate, Multip
   }
   multiply(two);
   FA_TILE_STORE(0, c, c_stride);
-  if (!Narrow) FA_TILE_STORE(1, c + 16, c_stride);
+  if (!narrow) FA_TILE_STORE(1, c + 16, c_stride);
   if (two) {
     FA_TILE_STORE(2, c + 16 * ldc, c_stride);
-    if (!Narrow) FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
+    if (!narrow) FA_TILE_STORE(3, c + 16 * ldc + 16, c_stride);
   }
 }
 

@@ -67,7 +67,7 @@ FA_INLINE int64_t packed_words_of(int64_t k) {
 }
 
 // The parts of v: the nearest bfloat16 (ties away from zero), then of what is left; the last is exact, but for what is below
-// 2^-133. Above 3.389e38 the nearest is infinite, and what is left NaN, as of infinity itself.
+// 2^-133. Above 3.396e38 the nearest is infinite, and what is left NaN, as of infinity itself.
 FA_INLINE F nearest_bf16(F v) { return (F)((bits(v) + 0x8000u) & 0xffff0000u); }
 FA_INLINE void split(F v, F (&parts)[3]) {
   parts[0] = nearest_bf16(v);
@@ -75,6 +75,8 @@ FA_INLINE void split(F v, F (&parts)[3]) {
   parts[1] = nearest_bf16(left);
   parts[2] = (F)(bits(left - parts[1]) & 0xffff0000u);
 }
+// Words of two numbers that are bfloat16 already.
+FA_INLINE U pair_of(F even, F odd) { return (bits(even) >> 16) | bits(odd); }
 
 // -- what memory brings meanwhile ------------------------------------------------------------------------------------
 
@@ -256,7 +258,7 @@ struct Tiles<bf16> {
   using Session = AmxSession;
   static void run(int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t kw, float* c,
                   int64_t ldc, bool accumulate) {
-    amx_tile<false>(rows, c, ldc, accumulate, [&](bool two) __attribute__((always_inline)) {
+    amx_tile(false, rows, c, ldc, accumulate, [&](bool two) __attribute__((always_inline)) {
       amx_multiply<false>(two, a, lda, b, ldb, kw, [](int64_t) {});
     });
   }
@@ -264,16 +266,11 @@ struct Tiles<bf16> {
   template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t kw,
                                    float* c, bool accumulate, Beside&& beside, Further&& further) {
-    if (narrow)
-      amx_tile<true>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
-        amx_multiply<true>(two, a, lda, b, 32, kw, beside);
-        further(two);
-      });
-    else
-      amx_tile<false>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
-        amx_multiply<false>(two, a, lda, b, 32, kw, beside);
-        further(two);
-      });
+    amx_tile(narrow, rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
+      if (narrow) amx_multiply<true>(two, a, lda, b, 32, kw, beside);
+      else amx_multiply<false>(two, a, lda, b, 32, kw, beside);
+      further(two);
+    });
   }
   // More words of k, while the sums of a tile are still in registers.
   static FA_INLINE void multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
@@ -294,13 +291,10 @@ struct Tiles<Parts> {
   template <class Beside, class Further>
   static FA_INLINE void run_beside(bool narrow, int rows, const uint32_t* a, const uint32_t* b, int64_t groups, float* c,
                                    bool accumulate, Beside&& beside, Further&& further) {
-    amx_tile<false>(rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
+    amx_tile(narrow, rows, c, 32, accumulate, [&](bool two) __attribute__((always_inline)) {
       amx_multiply_parts(narrow, two, a, kStride, b, groups, beside);
       further(two);
     });
-  }
-  static FA_INLINE void multiply_more(bool two, const uint32_t* a, const uint32_t* b, int64_t kw) {
-    Tiles<bf16>::multiply_more(two, a, b, kw);
   }
 };
 static_assert(kBlock % Tiles<Parts>::section == 0 && Tiles<Parts>::section % words_of<Parts>(Tiles<Parts>::pass) == 0);
@@ -654,22 +648,25 @@ FA_INLINE float as_float(bf16 v) {
 // Order::added of floats in parts: words of two k, k running over the parts of added_part(k) rows.
 template <class S>
 void pack_added_parts(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, uint32_t* words) {
-  const int64_t kw = added_words<Parts>(k), part_words = added_part(k) / 2;
-  for (int64_t panel = 0; panel < (n + 31) / 32; ++panel)
-    for (int64_t i = 0; i < kw; ++i)
-      for (int64_t j = 0; j < 32; j += W) {
-        U word{};
-        for (int64_t half = 0; half < 2 && i < 6 * part_words; ++half) {
-          const int64_t row = i % part_words * 2 + half;
-          float lanes[W] = {};
-          for (int l = 0; l < W; ++l)
-            if (row < k && panel * 32 + j + l < n) lanes[l] = as_float(src[row * sk + (panel * 32 + j + l) * sn]);
-          F parts[3];
-          split(load(lanes), parts);
-          word |= (bits(parts[kAddedRight[i / part_words]]) >> 16) << (16 * half);
-        }
-        std::memcpy(words + panel * kw * 32 + packed_at<bf16>(kw, j, i), &word, sizeof word);
+  const int64_t kw = added_words<Parts>(k), part_words = added_part(k) / 2, panels = (n + 31) / 32;
+  std::memset(words, 0, 4 * (size_t)(panels * kw * 32));
+  for (int64_t first = 0; first < n; first += W) {
+    uint32_t* panel = words + first / 32 * kw * 32;
+    for (int64_t q = 0; q < part_words; ++q) {
+      F parts[2][3];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = 2 * q + half;
+        float lanes[W] = {};
+        for (int64_t l = 0; row < k && l < std::min<int64_t>(W, n - first); ++l)
+          lanes[l] = as_float(src[row * sk + (first + l) * sn]);
+        split(load(lanes), parts[half]);
       }
+      for (int i = 0; i < 6; ++i) {
+        const U word = pair_of(parts[0][kAddedRight[i]], parts[1][kAddedRight[i]]);
+        std::memcpy(panel + packed_at<bf16>(kw, first % 32, i * part_words + q), &word, sizeof word);
+      }
+    }
+  }
 }
 // Order::parted is that of `plain` where T is not multiplied in pairs.
 template <class T, class S>

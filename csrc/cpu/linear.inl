@@ -120,14 +120,14 @@ struct Adding {
     if constexpr (Tiles<M>::apart)
       for (int e = 0; extras && e < extras[t.slot].count; ++e) {
         const Pass& extra = extras[t.slot].passes[e];
-        Tiles<M>::multiply_more(two, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.words);
+        Tiles<Added<M>>::multiply_more(two, a.row(t.m, extra.a), extra.b + panel * extra.panel_stride, extra.words);
       }
   }
   FA_INLINE void operator()(int64_t panel, const RowTile& t, float* tile) const {
     if constexpr (!Tiles<M>::apart)
       for (int e = 0; extras && e < extras[t.slot].count; ++e) {
         const Pass& extra = extras[t.slot].passes[e];
-        multiply_panel<M>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
+        multiply_panel<Added<M>>((int)t.rows, a.row(t.m, extra.a), extra, panel, tile, 32, true);
       }
     then(panel, t, tile);
   }
@@ -135,13 +135,9 @@ struct Adding {
 // fn(pass) for those of a LoRA's second matrix: as long as any other product's, so that they round as little.
 template <class M, class Fn>
 FA_INLINE void for_added_passes(const LowRank& l, int64_t at, Fn&& fn) {
-  const int64_t words = added_words<M>(l.rank), length = Tiles<Added<M>>::pass;
-  for (int64_t k = 0; k < words; k += length) {
-    Pass pass = packed_pass<Added<M>>(at + k, l.up.words, words);
-    pass.b += k * pass.ldb;
-    pass.words = std::min(length, words - k);
-    fn(pass);
-  }
+  Passes<Added<M>> passes(at);
+  passes.add_packed(l.up.words, added_words<M>(l.rank));
+  for (int i = 0; i < passes.count(); ++i) fn(passes[i]);
 }
 template <class M>
 int64_t added_passes(const LowRanks& low) {

@@ -13,6 +13,7 @@ struct Layout {
   Order order = Order::plain;
   bool operator==(const Layout& o) const { return transposed == o.transposed && order == o.order; }
 };
+constexpr Layout kPlain{false}, kTransposed{true}, kParted{true, Order::parted};
 
 class PackedWeight {
  public:

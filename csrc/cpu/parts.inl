@@ -12,7 +12,7 @@ FA_INLINE void split_rows(const Pass& pass, int64_t panel, int64_t from, int64_t
       split(2 * q < pass.words ? load(column + 2 * q * kStrip<Parts>) : F{}, even);
       split(2 * q + 1 < pass.words ? load(column + (2 * q + 1) * kStrip<Parts>) : F{}, odd);
       for (int part = 0; part < 3; ++part) {
-        const U pair = (bits(even[part]) >> 16) | bits(odd[part]);
+        const U pair = pair_of(even[part], odd[part]);
         std::memcpy(words + part * 512 + j, &pair, sizeof pair);
       }
     }
