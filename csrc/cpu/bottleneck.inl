@@ -79,8 +79,32 @@ struct SumColumns {
   }
 };
 
+// act(c + b_down) of 32 columns, or those that there are, for some rows of a block; c is the product's tile. A function for
+// every activation: the products around it are compiled once for all of them.
+template <class T>
+struct Middle {
+  const BottleneckForward& p;
+  int64_t r0;  // the block's first row
+  const ABlock& a;
+
+  template <Act A>
+  static void rows(const Middle& of, int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    const BottleneckForward& p = of.p;
+    for (int v = 0; v < kNV; ++v) {
+      const int64_t col = panel * 32 + v * W, n = p.b - col;
+      if (n <= 0) break;
+      const F bias = p.b_down ? load_n(p.b_down + col, n) : F{};
+      for (int64_t r = 0; r < mr; ++r) {
+        const F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
+        if (p.z) store_n((T*)p.z + (of.r0 + m + r) * p.z_stride + col, z, n);
+        put<Multiplied<T>>(of.a, m + r, col, act_as<T, A>(z), n);
+      }
+    }
+  }
+};
+
 // next: how many of the rows after these the same thread takes then; weights_far: whether W_down and W_up may be far away.
-template <class T, Act A>
+template <class T>
 void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t rows, int64_t next, bool weights_far) {
   using M = Multiplied<T>;
   Scratch& scr = scratch();
@@ -104,20 +128,11 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
   Ahead after_down(weights_far), after_up(weights_far);
   after_down.add(residual, bytes);
   after_up.add((const T*)p.x + (r0 + rows) * h, next * h * (int64_t)sizeof(T));
-  auto middle = [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    for (int v = 0; v < kNV; ++v) {
-      const int64_t col = panel * 32 + v * W;
-      if (col >= b) break;
-      const F bias = p.b_down ? load_n(p.b_down + col, b - col) : F{};
-      for (int64_t r = 0; r < mr; ++r) {
-        const F z = rounded<T>(load(tile + r * 32 + v * W) + bias);
-        if (p.z) store_n((T*)p.z + (r0 + m + r) * p.z_stride + col, z, b - col);
-        put<M>(a, m + r, col, act_as<T, A>(z), b - col);
-      }
-    }
-  };
+  const Middle<T> middle{p, r0, a};
+  const auto rows_of = for_act(p.act, [](auto act) { return &Middle<T>::template rows<act.value>; });
   with_rows<M>(direct, (const T*)p.x + r0 * h, h, x, [&](const auto& from) {
-    product<M>(from, rows, passes_of<M>(p.down), 0, panels_down, c, after_down, middle);
+    product<M>(from, rows, passes_of<M>(p.down), 0, panels_down, c, after_down,
+               [&](int64_t panel, int64_t m, int64_t mr, const float* tile) { rows_of(middle, panel, m, mr, tile); });
   });
   // s is kept in the cache where nothing saves it; its rows' sums come from the product's epilogue.
   T* s = !p.norm_weight ? (T*)p.y + r0 * h : p.s ? (T*)p.s + r0 * h : scr.get<T>(5, rows * h);
@@ -153,14 +168,12 @@ void bottleneck_forward_block(const BottleneckForward& p, int64_t r0, int64_t ro
 template <class T>
 void bottleneck_forward_typed(const BottleneckForward& p, Parallel parallel) {
   using M = Multiplied<T>;
-  with_act(p.act, [&](auto a) {
-    int64_t blocks = (p.rows + kRows - 1) / kRows;
-    blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
-    parallel_for(parallel, blocks, [&](int64_t block) {
-      const int64_t r0 = part_start<M>(p.rows, block, blocks), r1 = part_start<M>(p.rows, block + 1, blocks);
-      const int64_t next = has_next(block, blocks, p.threads) ? part_start<M>(p.rows, block + 2, blocks) - r1 : 0;
-      bottleneck_forward_block<T, a.value>(p, r0, r1 - r0, next, begins_share(block, blocks, p.threads));
-    });
+  int64_t blocks = (p.rows + kRows - 1) / kRows;
+  blocks = std::min(p.rows, (blocks + p.threads - 1) / p.threads * p.threads);
+  parallel_for(parallel, blocks, [&](int64_t block) {
+    const int64_t r0 = part_start<M>(p.rows, block, blocks), r1 = part_start<M>(p.rows, block + 1, blocks);
+    const int64_t next = has_next(block, blocks, p.threads) ? part_start<M>(p.rows, block + 2, blocks) - r1 : 0;
+    bottleneck_forward_block<T>(p, r0, r1 - r0, next, begins_share(block, blocks, p.threads));
   });
 }
 
@@ -171,7 +184,37 @@ struct BottleneckGrads {
   int64_t columns, vectors_size;
 };
 
-template <class T, Act A>
+// dz = c act'(z) of 32 columns, or those that there are, for some rows of a block, and where matrices have gradients act(z)
+// and b_down's.
+template <class T>
+struct MiddleBackward {
+  const BottleneckBackward& p;
+  int64_t r0;  // the block's first row
+  const ABlock& dz;
+  float *dz_rows, *a_rows, *b_down;  // or null; rows bp apart
+  int64_t bp;
+
+  template <Act A>
+  static void rows(const MiddleBackward& of, int64_t panel, int64_t m, int64_t mr, const float* tile) {
+    for (int v = 0; v < kNV; ++v) {
+      const int64_t col = panel * 32 + v * W, n = of.p.b - col;
+      if (n <= 0) break;
+      F total = F{};
+      for (int64_t r = 0; r < mr; ++r) {
+        const F z = load_n((const T*)of.p.z + (of.r0 + m + r) * of.p.z_stride + col, n);
+        const F value = rounded<T>(load(tile + r * 32 + v * W) * d_act<A>(z));
+        put<Multiplied<T>>(of.dz, m + r, col, value, n);
+        if (!of.b_down) continue;
+        total = total + value;
+        store(of.dz_rows + (m + r) * of.bp + col, value);
+        store(of.a_rows + (m + r) * of.bp + col, rounded<T>(act<A>(z)));
+      }
+      if (of.b_down) add_to(of.b_down + col, total, n);
+    }
+  }
+};
+
+template <class T>
 void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t rows, int64_t following,
                                const BottleneckGrads& grads) {
   using M = Multiplied<T>;
@@ -179,7 +222,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   const int64_t h = p.hidden, b = p.b, hp = (h + 31) / 32 * 32, bp = (b + 31) / 32 * 32;
   const bool weights = p.dw_down != nullptr;
   ABlock d{scr.get<uint32_t>(0, ABlock::size(rows, words_of<M>(h))), padded_rows(rows)};
-  ABlock dh{scr.get<uint32_t>(1, ABlock::size(rows, words_of<M>(b))), padded_rows(rows)};
+  ABlock dz{scr.get<uint32_t>(1, ABlock::size(rows, words_of<M>(b))), padded_rows(rows)};
   float* c = scr.get<float>(2, tile_scratch(std::max(rows, b)));
   float* ds = scr.get<float>(3, rows * hp);
   T* g = weights ? scr.get<T>(4, rows * h + W) : nullptr;  // gradient of the scaled output, rounded as eager code does
@@ -215,7 +258,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
         put<M>(d, r, i, v, whole ? W : n);
       });
       pad_row<M>(d, r, h);
-      pad_row<M>(dh, r, b);
+      pad_row<M>(dz, r, b);
       for (int64_t i = h; i < hp; ++i) ds_row[i] = 0.0f;
       sums.end_row(r, r + 1 == rows);
     }
@@ -229,31 +272,16 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   next.add((const T*)p.dy + after, bytes_after);
   if (p.s) next.add((const T*)p.s + after, bytes_after);
 
-  float* dh_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
+  float* dz_rows = weights ? scr.get<float>(7, rows * bp) : nullptr;
   float* a_rows = weights ? scr.get<float>(8, rows * bp) : nullptr;
+  const MiddleBackward<T> middle{p, r0, dz, dz_rows, a_rows, weights ? grads.b_down : nullptr, bp};
+  const auto rows_of = for_act(p.act, [](auto act) { return &MiddleBackward<T>::template rows<act.value>; });
   product<M>(d, rows, passes_of<M>(p.up_t), 0, bp / 32, c, own_x,
-             [&](int64_t panel, int64_t m, int64_t mr, const float* tile) {
-    for (int v = 0; v < kNV; ++v) {
-      const int64_t col = panel * 32 + v * W;
-      if (col >= b) break;
-      F total = F{};
-      for (int64_t r = 0; r < mr; ++r) {
-        const F z = load_n((const T*)p.z + (r0 + m + r) * p.z_stride + col, b - col);
-        const F value = rounded<T>(load(tile + r * 32 + v * W) * d_act<A>(z));
-        put<M>(dh, m + r, col, value, b - col);
-        if (weights) {
-          total = total + value;
-          store(dh_rows + (m + r) * bp + col, value);
-          store(a_rows + (m + r) * bp + col, rounded<T>(act<A>(z)));
-        }
-      }
-      if (weights) add_to(grads.b_down + col, total, b - col);
-    }
-  });
+             [&](int64_t panel, int64_t m, int64_t mr, const float* tile) { rows_of(middle, panel, m, mr, tile); });
 
   if (p.dx) {
     float* dx = scr.get<float>(11, (rows + 32) * hp);
-    product_into<M>(dh, rows, passes_of<M>(p.down_t), hp / 32, c, dx, hp, next);
+    product_into<M>(dz, rows, passes_of<M>(p.down_t), hp / 32, c, dx, hp, next);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < h; i += W) {
         F value = load(dx + r * hp + i);
@@ -264,7 +292,7 @@ void bottleneck_backward_block(const BottleneckBackward& p, int64_t r0, int64_t 
   if (!weights) return;
 
   add_over_rows<T>(rows, a_rows, bp, b, g, h, h, grads.up, grads.columns);
-  if (p.x) add_over_rows<T>(rows, dh_rows, bp, b, (const T*)p.x + r0 * h, h, h, grads.down, grads.columns);
+  if (p.x) add_over_rows<T>(rows, dz_rows, bp, b, (const T*)p.x + r0 * h, h, h, grads.down, grads.columns);
 }
 
 // Where one share of a slot's gradients keeps what; sizes in floats.
@@ -306,14 +334,12 @@ void bottleneck_backward_typed(const BottleneckBackward& p, Parallel parallel) {
     const BottleneckGrads grads = layout.at(base);
     const int64_t first = p.rows * part / parts, last = p.rows * (part + 1) / parts;
     const int64_t blocks = (last - first + kRows - 1) / kRows;
-    with_act(p.act, [&](auto a) {
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t r0 = first + part_start<M>(last - first, i, blocks);
-        const int64_t r1 = first + part_start<M>(last - first, i + 1, blocks);
-        const int64_t r2 = i + 1 < blocks ? first + part_start<M>(last - first, i + 2, blocks) : r1;
-        bottleneck_backward_block<T, a.value>(p, r0, r1 - r0, r2 - r1, grads);
-      }
-    });
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t r0 = first + part_start<M>(last - first, i, blocks);
+      const int64_t r1 = first + part_start<M>(last - first, i + 1, blocks);
+      const int64_t r2 = i + 1 < blocks ? first + part_start<M>(last - first, i + 2, blocks) : r1;
+      bottleneck_backward_block<T>(p, r0, r1 - r0, r2 - r1, grads);
+    }
   });
   finish_gradients(p, layout, shares, parts, layout.size);
 }
@@ -333,7 +359,7 @@ void bottleneck_rows_forward_typed(const BottleneckRowsForward& all, Parallel pa
     const BottleneckForward& p = all.slots[block.slot];
     if (p.b > 0) {
       const int64_t next = has_next(i, all.count, all.threads) ? rows_after(block) : 0;
-      with_act(p.act, [&](auto a) { bottleneck_forward_block<T, a.value>(p, block.r0, block.rows, next, true); });
+      bottleneck_forward_block<T>(p, block.r0, block.rows, next, true);
       return;
     }
     AddNormForward n{};
@@ -353,9 +379,7 @@ template <class T>
 void bottleneck_rows_backward_block(const BottleneckBackward& p, const SlotBlock& block, int64_t next, float* share) {
   const GradLayout layout(p);
   if (p.b > 0) {
-    with_act(p.act, [&](auto a) {
-      bottleneck_backward_block<T, a.value>(p, block.r0, block.rows, next, layout.at(share));
-    });
+    bottleneck_backward_block<T>(p, block.r0, block.rows, next, layout.at(share));
     return;
   }
   const int64_t h = p.hidden;

@@ -412,7 +412,7 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
 template <class T>
 void linear_forward_typed(const LinearForward& p, Parallel parallel) {
   using M = Multiplied<T>;
-  with_act(p.act, [&](auto a) {
+  for_act(p.act, [&](auto a) {
     const Shares s = shares_of<M>(p.rows, words_of<M>(p.k), (p.n + 31) / 32, p.threads);
     parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
       const int64_t chunk = task / s.columns, r0 = part_start<M>(p.rows, chunk, s.chunks);
@@ -445,7 +445,13 @@ struct LinearGrads {
   }
 };
 
+// act' of n numbers, into whole vectors. A function for every activation: the products are compiled once for all of them.
 template <class T, Act A>
+void derivatives(const T* z, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += W) store(to + i, d_act<A>(load_n(z + i, n - i)));
+}
+
+template <class T>
 void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, int64_t following, int64_t column,
                            int64_t columns, const LinearGrads& layout, float* grads) {
   using M = Multiplied<T>;
@@ -463,11 +469,15 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   const bool weights = grads && LinearGrads::weights(p), filled = p.dx || low.count;
   float* dbias = grads && p.dbias ? grads + layout.dbias : nullptr;
   float* near = s.get<float>(3, p.k);
+  const bool slopes = p.act != Act::none && !p.code;
+  float* slope = slopes ? s.get<float>(16, p.k + 2 * W) : nullptr;
+  const auto derivatives_of = for_act(p.act, [](auto act) { return &derivatives<T, act.value>; });
   int slot = slot_of(low, r0, p.rows);
   RowSum sums{near, dbias ? dbias + slot * p.k : nullptr, dbias ? p.k : 0};
   sums.start();
   for (int64_t r = 0; r < rows; ++r) {
     if (keep) keep_row(r0 + r, p.k, p.drop, keep);
+    if (slope) derivatives_of((const T*)p.z + (r0 + r) * p.k, p.k, slope);
     int64_t col = 0, base = 0;
     for (int w = 0; w < p.count; ++w) {
       const int64_t k = p.weights[w].k;
@@ -476,8 +486,8 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
         const int64_t from = (r0 + r) * p.k + col + i;
         F d = load_n((const T*)p.dy + from, k - i);
         if (keep) d = dropped_n(d, keep + col + i, p.drop.keep_scale, k - i);
-        if constexpr (A != Act::none)
-          d = d * (p.code ? load_code(p.code + from, k - i) : d_act<A>(load_n((const T*)p.z + from, k - i)));
+        if (p.code) d = d * load_code(p.code + from, k - i);
+        if (slope) d = d * load(slope + col + i);
         if (dbias) add_to(sums.near + col + i, d, k - i);
         if (filled) put<M>(part, r, i, d, k - i);
       }
@@ -604,43 +614,41 @@ template <class T>
 void linear_backward_typed(const LinearBackward& p, Parallel parallel) {
   using M = Multiplied<T>;
   const LinearGrads layout(p);
-  with_act(p.act, [&](auto a) {
-    const Shares s = shares_of<M>(p.rows, words_of<M>(p.k), (p.n + 31) / 32, p.threads);
-    if (!LinearGrads::weights(p) && !p.dbias) {
-      parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
-        const int64_t chunk = task / s.columns, column = task % s.columns;
-        const int64_t r0 = part_start<M>(p.rows, chunk, s.chunks), r1 = part_start<M>(p.rows, chunk + 1, s.chunks);
-        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, rows_after<M>(p.rows, s, task, p.threads), column, s.columns,
-                                          layout, nullptr);
-      });
-      return;
-    }
-    // Gradients of parameters: a share a thread, not a share a chunk.
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.rows, p.threads)), size = layout.size;
-    float* shares = scratch().get<float>(15, parts * size);
-    parallel_for(parallel, parts, [&](int64_t part) {
-      float* grads = shares + part * size;
-      std::memset(grads, 0, sizeof(float) * size);
-      const int64_t first = p.rows * part / parts, count = p.rows * (part + 1) / parts - first;
-      const int64_t most = chunk_rows<M>(p.rows, words_of<M>(p.k)), chunks = (count + most - 1) / most;
-      for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t r0 = first + part_start<M>(count, i, chunks), r1 = first + part_start<M>(count, i + 1, chunks);
-        const int64_t r2 = i + 1 < chunks ? first + part_start<M>(count, i + 2, chunks) : r1;
-        linear_backward_chunk<T, a.value>(p, r0, r1 - r0, r2 - r1, 0, 1, layout, grads);
-      }
+  const Shares s = shares_of<M>(p.rows, words_of<M>(p.k), (p.n + 31) / 32, p.threads);
+  if (!LinearGrads::weights(p) && !p.dbias) {
+    parallel_for(parallel, s.chunks * s.columns, [&](int64_t task) {
+      const int64_t chunk = task / s.columns, column = task % s.columns;
+      const int64_t r0 = part_start<M>(p.rows, chunk, s.chunks), r1 = part_start<M>(p.rows, chunk + 1, s.chunks);
+      linear_backward_chunk<T>(p, r0, r1 - r0, rows_after<M>(p.rows, s, task, p.threads), column, s.columns, layout,
+                               nullptr);
     });
-    if (p.dbias) ordered_sum(shares, parts, p.low.slots * p.k, size, p.dbias);
-    if (!LinearGrads::weights(p)) return;
-    int64_t da = layout.da, db = layout.db;
-    for (int i = 0; i < p.low.count; ++i) {
-      const LowRank& l = p.low.loras[i];
-      const int64_t n = p.weights[l.owner].k, np = LinearGrads::padded_k(p, i);
-      for (int64_t j = 0; j < l.rank; ++j)
-        ordered_sum(shares + da + j * layout.padded_n, parts, p.n, size, l.da + j * p.n);
-      ordered_sum(shares + db, parts, l.rank * np, size, shares + db);
-      transpose(shares + db, np, l.rank, n, l.db, l.rank);
-      da += l.rank * layout.padded_n;
-      db += l.rank * np;
+    return;
+  }
+  // Gradients of parameters: a share a thread, not a share a chunk.
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.rows, p.threads)), size = layout.size;
+  float* shares = scratch().get<float>(15, parts * size);
+  parallel_for(parallel, parts, [&](int64_t part) {
+    float* grads = shares + part * size;
+    std::memset(grads, 0, sizeof(float) * size);
+    const int64_t first = p.rows * part / parts, count = p.rows * (part + 1) / parts - first;
+    const int64_t most = chunk_rows<M>(p.rows, words_of<M>(p.k)), chunks = (count + most - 1) / most;
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t r0 = first + part_start<M>(count, i, chunks), r1 = first + part_start<M>(count, i + 1, chunks);
+      const int64_t r2 = i + 1 < chunks ? first + part_start<M>(count, i + 2, chunks) : r1;
+      linear_backward_chunk<T>(p, r0, r1 - r0, r2 - r1, 0, 1, layout, grads);
     }
   });
+  if (p.dbias) ordered_sum(shares, parts, p.low.slots * p.k, size, p.dbias);
+  if (!LinearGrads::weights(p)) return;
+  int64_t da = layout.da, db = layout.db;
+  for (int i = 0; i < p.low.count; ++i) {
+    const LowRank& l = p.low.loras[i];
+    const int64_t n = p.weights[l.owner].k, np = LinearGrads::padded_k(p, i);
+    for (int64_t j = 0; j < l.rank; ++j)
+      ordered_sum(shares + da + j * layout.padded_n, parts, p.n, size, l.da + j * p.n);
+    ordered_sum(shares + db, parts, l.rank * np, size, shares + db);
+    transpose(shares + db, np, l.rank, n, l.db, l.rank);
+    da += l.rank * layout.padded_n;
+    db += l.rank * np;
+  }
 }

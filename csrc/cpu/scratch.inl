@@ -36,11 +36,11 @@ class Scratch {
     void* data = nullptr;
     size_t bytes = 0;
   };
-  Buffer buffers_[18];
+  Buffer buffers_[19];
 };
 
-// Slots that products use themselves; 0 to 15 are their callers'.
-constexpr int kPartsScratch = 16, kTotalsScratch = 17;
+// Slots that products use themselves; 0 to 16 are their callers'.
+constexpr int kPartsScratch = 17, kTotalsScratch = 18;
 
 inline Scratch& scratch() {
   static thread_local Scratch s;

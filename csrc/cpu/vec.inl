@@ -414,11 +414,11 @@ FA_INLINE F act_with_code(F x, uint8_t* code) {
   return act<A>(x);
 }
 
-// fn(std::integral_constant<Act, a>) for the a at run time.
+// fn(std::integral_constant<Act, a>) for the a at run time; what it gives back has one type for all.
 template <class Fn>
-FA_INLINE void with_act(Act a, Fn&& fn) {
+FA_INLINE auto for_act(Act a, Fn&& fn) {
   switch (a) {
-    case Act::none: return fn(std::integral_constant<Act, Act::none>{});
+    case Act::none: break;
     case Act::relu: return fn(std::integral_constant<Act, Act::relu>{});
     case Act::gelu: return fn(std::integral_constant<Act, Act::gelu>{});
     case Act::gelu_new: return fn(std::integral_constant<Act, Act::gelu_new>{});
@@ -427,6 +427,7 @@ FA_INLINE void with_act(Act a, Fn&& fn) {
     case Act::sigmoid: return fn(std::integral_constant<Act, Act::sigmoid>{});
     case Act::leaky_relu: return fn(std::integral_constant<Act, Act::leaky_relu>{});
   }
+  return fn(std::integral_constant<Act, Act::none>{});
 }
 
 // -- Philox4x32-10; the stream is defined in fastadapt/ops/dropout.py ------------------------------------------------
