@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -191,8 +192,25 @@ def test_padding_stays_where_something_would_notice(packed):
     assert stays(model, packed, **inputs, output_attentions=True)
     handle = model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
     assert stays(model, packed, **inputs)
-    assert "a layer has a hook" in explained(model)
+    assert "a hook or a forward of its own in a layer" in explained(model)
     handle.remove()
+    assert not stays(model, packed, **inputs)
+    packed.clear()
+    watched = (
+        model.bert, model.bert.encoder, model.bert.pooler, model.bert.encoder.layer[0].output.dense,
+        model.bert.encoder.layer[0].attention.output,
+    )  # fmt: skip
+    for module in watched:
+        handle = module.register_forward_hook(lambda *_: None)
+        assert stays(model, packed, **inputs), type(module).__name__
+        handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert stays(model, packed, **inputs)
+    handle.remove()
+    intermediate = model.bert.encoder.layer[1].intermediate
+    intermediate.forward = intermediate.forward
+    assert stays(model, packed, **inputs)
+    del intermediate.forward
     assert not stays(model, packed, **inputs)
     packed.clear()
     answering = fa.accelerate(make(BertForQuestionAnswering, max_position_embeddings=64))
@@ -240,6 +258,60 @@ def test_a_head_that_may_read_all_positions_is_given_them(packed):
     inputs = padded(model.eval())
     assert stays(model, packed, **inputs)
     assert not stays(fa.activate(model, None), packed, **inputs)
+
+
+class Mean(nn.Module):
+    def forward(self, features):
+        return features.mean(1)
+
+
+@pytest.mark.parametrize("model_class", SEQUENCE, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("adapts", [False, True])
+def test_a_reader_of_the_users_own_is_given_all_positions(model_class, adapts, packed):
+    model = make(model_class, max_position_embeddings=64)
+    base = getattr(model, model.base_model_prefix)
+    if getattr(base, "pooler", None) is not None:
+        base.pooler = Mean()
+    else:
+        model.classifier = nn.Sequential(Mean(), nn.Linear(32, model.config.num_labels))
+    inputs = padded(model.eval())
+    with torch.no_grad():
+        want = model(**inputs).logits
+        if not adapts:
+            fa.accelerate(model)
+        elif isinstance(model.classifier, nn.Sequential):
+            with pytest.raises(ValueError, match="Sequential"):  # no place for the adaptation's own
+                fa.adapt(model, METHODS["houlsby"], "a")
+        else:
+            fa.activate(fa.adapt(model, METHODS["houlsby"], "a"), None)
+        torch.testing.assert_close(model.eval()(**inputs).logits, want, **CLOSE)
+    assert not packed
+
+
+def test_threads_that_run_one_model_have_masks_of_their_own(packed):
+    model = fa.accelerate(make(max_position_embeddings=64))
+    batches = [padded(model), padded(model, LENGTHS[::-1])]
+    with torch.no_grad():
+        want = [model(**batch).logits for batch in batches]
+    packed.clear()
+    # Each waits in the embeddings, behind the hooks that note its mask, until the other is there too.
+    together = threading.Barrier(2, timeout=60)
+    handle = model.bert.embeddings.register_forward_pre_hook(lambda *_: (together.wait(), None)[1])
+    got = [None, None]
+
+    def run(i):
+        with torch.no_grad():
+            got[i] = model(**batches[i]).logits
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    assert len(packed) == 2
+    for own, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(own, expected, **CLOSE)
 
 
 def test_skip_padding_refuses_what_it_cannot_do():

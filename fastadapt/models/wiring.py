@@ -21,7 +21,7 @@ from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.routed import RoutedHead
 from fastadapt.modules.state import CONTAINER
 from fastadapt.modules.sublayers import FusedLayer, FusedOutput, name_activation
-from fastadapt.modules.unpad import FusedEncoder, HeadReadsFirst, NoteMask
+from fastadapt.modules.unpad import FusedEncoder, HeadReadsFirst, NoteMask, is_watched
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -171,7 +171,7 @@ class Wiring:
                 encoder.__dict__["head"] = "all"
             elif head is not None and type(head).__name__.endswith(_READ_FIRST) and not _is_users(head):
                 encoder.__dict__["head"] = "first"
-                _register_once(head, HeadReadsFirst(encoder, reads_first))
+                _register_once(head, HeadReadsFirst(encoder, base, reads_first))
             _register_once(base, NoteMask(encoder))
 
     def open_slots(self, model: nn.Module) -> None:
@@ -199,10 +199,8 @@ class Wiring:
                 "adapted",
                 "attentions",
                 "others",
-                "noted",
                 "head",
                 "skips_padding",
-                "given",
                 "_views",
                 "_mixes",
                 "_merged",
@@ -242,19 +240,26 @@ def _is_users(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] not in ("transformers", "fastadapt")
 
 
-def reads_first(model: nn.Module) -> bool:
-    """Whether the heads that run in a sequence classifier read position 0 alone, as the model's own do."""
-    summary = model._modules.get("sequence_summary")
-    if summary is not None and getattr(model.config, "summary_type", "first") != "first":
-        return False
-    for slot in model._modules.values():
-        if not isinstance(slot, HeadSlot) or isinstance(slot, nn.Linear):  # a linear head is given the position itself
-            continue
-        active = slot.active_head
-        heads = active.heads if isinstance(active, RoutedHead) else [active]
-        if any(_is_users(slot if head is None else head) for head in heads):
+def reads_first(model: nn.Module, base: nn.Module) -> bool:
+    """Whether position 0 alone is read of what a sequence classifier's base gives, and nobody else looks at it.
+
+    The reader is the base's pooler, or the head's first part where the base has none. What comes behind it is given one
+    position, whatever it is.
+    """
+    pooler, summary = base._modules.get("pooler"), model._modules.get("sequence_summary")
+    if pooler is not None:
+        reader = pooler
+    elif summary is not None:
+        if getattr(model.config, "summary_type", "first") != "first":
             return False
-    return True
+        reader = summary
+    else:
+        reader = model._modules.get("classifier")
+    active = reader.active_head if isinstance(reader, HeadSlot) else None
+    runs = active.heads if isinstance(active, RoutedHead) else [active]
+    if any(_is_users(reader if head is None else head) for head in runs):
+        return False
+    return not (is_watched(reader) or is_watched(base))
 
 
 def _register_once(module: nn.Module, hook: NoteMask | HeadReadsFirst) -> None:

@@ -7,6 +7,7 @@ them rows of their own at the first layer in which they differ.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +46,7 @@ class Table:
         self.text_count = len(self.slots) if texts is None else len(set(texts))
         self.inference_only: str | None = None  # why, where something can't train
         self.was_split = False  # whether the host ever took the rows apart, so that captured code holds their slots
-        self.pieces: tuple[list[int], Tensor] | None = None  # without padding: the batch row of every piece of x
+        self._of_thread = threading.local()  # the pieces of its running forward
         self.each = 1  # rows of the base's batch for one of the model's: the choices of a multiple-choice model
 
     def assign(self, slots: Sequence[int]) -> None:
@@ -53,19 +54,28 @@ class Table:
         self.slots = list(slots)
         self.rows.copy_(torch.tensor(self.slots, dtype=torch.int64), non_blocking=True)
 
+    @property
+    def pieces(self) -> tuple[list[int], Tensor] | None:
+        """Without padding: the batch row of every piece of x, in the forward that this thread runs."""
+        return None if torch.compiler.is_compiling() else getattr(self._of_thread, "pieces", None)
+
     def of_batch(self) -> Tensor:
         """[B] int64: the slots of the rows of the base's batch, or of the pieces that it was taken apart into."""
         rows = self.rows if self.each == 1 else self.rows.repeat_interleave(self.each)
-        return rows if self.pieces is None else rows.index_select(0, self.pieces[1])
+        pieces = self.pieces
+        return rows if pieces is None else rows.index_select(0, pieces[1])
 
     @contextmanager
     def of_pieces(self, owners: list[int]) -> Iterator[None]:
         """While the context lasts, x has pieces of the batch's rows where it had the rows; ``owners``: which."""
-        self.pieces = (owners, torch.tensor(owners, dtype=torch.int64).to(self.rows.device, non_blocking=True))
+        self._of_thread.pieces = (
+            owners,
+            torch.tensor(owners, dtype=torch.int64).to(self.rows.device, non_blocking=True),
+        )
         try:
             yield
         finally:
-            self.pieces = None
+            self._of_thread.pieces = None
 
     def forked(self, value: Any) -> Any:
         """A tensor [texts, ..., ...] with a row a slot instead; anything else, positions of one text too, as it is."""
@@ -85,8 +95,9 @@ class Table:
         """
         self.was_split = True
         slots = torch.tensor(self.slots, dtype=torch.int64).repeat_interleave(self.each)
-        if self.pieces is not None:
-            slots = slots[self.pieces[0]]
+        pieces = self.pieces
+        if pieces is not None:
+            slots = slots[pieces[0]]
         order = torch.argsort(slots, stable=True)
         found, counts = torch.unique_consecutive(slots[order], return_counts=True)
         parts = order.to(device, non_blocking=True).split(counts.tolist())

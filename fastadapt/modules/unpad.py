@@ -7,14 +7,17 @@ attention runs over each sequence by its length (ByteTransformer, Zhai et al. 20
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from fastadapt import ops
 from fastadapt.modules.prefix import Prefix
@@ -26,6 +29,18 @@ LEAST_TOKENS = 512
 LEAST_PADDING = {"cpu": 0.1, "cuda": 0.25}
 # Rows with adaptations of their own are told apart in pieces of this many tokens, all of one sequence.
 ROUTED_PIECE = 16
+
+
+class _Masks(threading.local):
+    """Masks on their way from the hooks before a forward to its encoder, a thread's own: several may run one model."""
+
+    def __init__(self) -> None:
+        # What a model was given whose head reads the first position alone; what the encoder may take for padding.
+        self.given: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+        self.noted: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
+_masks = _Masks()
 
 
 @dataclass(frozen=True)
@@ -166,10 +181,8 @@ class FusedEncoder(FusedSublayer):
 
     attentions: Sequence[nn.Module] = ()  # of all layers
     others: Sequence[nn.Module] = ()  # what else of the layers may be fused
-    noted: Tensor | None = None  # the mask of the running forward
     head: str = "caller"  # who reads the hidden states: "first" position alone, "all", or the caller
     skips_padding: bool = False  # the caller wants zeros where padding is
-    given: Tensor | None = None  # the mask that a model whose head reads the first position alone was given
     keeps_padding: bool = False  # while a graph is captured, whose shapes are fixed
 
     def refusal(self) -> str | None:
@@ -202,15 +215,15 @@ class FusedEncoder(FusedSublayer):
             return "hidden states of padding are outputs (fa.skip_padding makes them zeros)"
         if getattr(self.config, "chunk_size_feed_forward", 0):
             return "the feed-forward network runs in chunks"
-        if any(_is_hooked(layer) for layer in self.layer):
-            return "a layer has a hook"
+        if any(is_watched(module) for layer in self.layer for module in layer.modules()):
+            return "a hook or a forward of its own in a layer"
         return None
 
     def ops(self, length: int) -> list[Op]:
         return []
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        noted = self.__dict__.pop("noted", None)
+        noted = None if torch.compiler.is_compiling() else _masks.noted.pop(self, None)
         packed = None if noted is None or attention_mask is None else self._packed(noted, hidden_states, args, kwargs)
         if packed is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -243,11 +256,18 @@ class FusedEncoder(FusedSublayer):
         return nullcontext() if table is None else table.of_pieces(packed.owners)
 
 
-def _is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody sees what the layer is given or gives. transformers' own hooks stay for good, and see nothing
-    unless hidden states or attentions are asked for."""
-    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-    return any(not (getattr(hook, "__module__", None) or "").startswith("transformers.") for hook in hooks)
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees what the module is given or gives: by a hook, or by a forward of the instance's own.
+
+    transformers' hooks stay for good, and see nothing unless hidden states or attentions are asked for.
+    """
+    if "forward" in module.__dict__ or _global_forward_hooks or _global_forward_pre_hooks:
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(
+        (getattr(hook, "__module__", None) or "").partition(".")[0] not in ("transformers", "fastadapt")
+        for hook in hooks
+    )
 
 
 def _set(value: Any) -> bool:
@@ -267,15 +287,20 @@ class HeadReadsFirst:
 
     Args:
         encoder: of the model.
-        holds: whether the heads that run now are such.
+        base: the bare model around it.
+        holds: whether what runs now behind the base is such: of the model and the base.
     """
 
-    def __init__(self, encoder: FusedEncoder, holds: Callable[[nn.Module], bool]) -> None:
-        self.encoder, self.holds = encoder, holds
+    def __init__(self, encoder: FusedEncoder, base: nn.Module, holds: Callable[[nn.Module, nn.Module], bool]) -> None:
+        self.encoder, self.base, self.holds = encoder, base, holds
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            self.encoder.__dict__["given"] = _mask_of(args, kwargs) if self.holds(model) else None
+        if torch.compiler.is_compiling():
+            return
+        _masks.given.pop(self.encoder, None)
+        mask = _mask_of(args, kwargs)
+        if mask is not None and self.holds(model, self.base) and not is_watched(self.encoder):
+            _masks.given[self.encoder] = mask
 
 
 class NoteMask:
@@ -288,8 +313,8 @@ class NoteMask:
         encoder = self.encoder
         if torch.compiler.is_compiling() or encoder.keeps_padding:
             return
-        encoder.__dict__.pop("noted", None)
-        given, mask = encoder.__dict__.pop("given", None), _mask_of(args, kwargs)
+        _masks.noted.pop(encoder, None)
+        given, mask = _masks.given.pop(encoder, None), _mask_of(args, kwargs)
         if mask is None or mask.dim() != 2 or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         # A model of several choices gives the base another view of its mask.
@@ -300,4 +325,4 @@ class NoteMask:
             for name in ("output_hidden_states", "output_attentions")
         )
         if (unseen or encoder.skips_padding) and not asked:
-            encoder.__dict__["noted"] = mask
+            _masks.noted[encoder] = mask
