@@ -66,7 +66,11 @@ def _peft_layers() -> ModuleType | None:
 def restore(model: Model) -> Model:
     """Give every sublayer its original class; the original code runs again, to the last bit.
 
+    Args:
+        model: after ``accelerate``; of any other nothing changes.
+
     Raises:
+        TypeError, ValueError: for a model of no wired architecture, and for a part of an adapted model.
         ValueError: while the model holds adaptations, which the original sublayers cannot run: ``unload`` it.
     """
     wiring = wiring_of(model)
@@ -90,8 +94,9 @@ def adapt(model: Model, config: Any, name: str = "default", head: int | nn.Modul
 
     Args:
         model: a Hugging Face model of a wired architecture, bare or with any head.
-        config: ``HoulsbyConfig``, ``PfeifferConfig``, ``ParallelConfig`` or another ``BottleneckConfig``, or
-            ``LoRAConfig``.
+        config: the method: ``HoulsbyConfig``, ``PfeifferConfig``, ``ParallelConfig``, ``MaskedAdapterConfig`` or
+            another ``BottleneckConfig``; ``LoRAConfig``; ``PrefixConfig`` or ``MAMConfig``; ``FusionConfig``, of
+            adaptations that the model has; ``BitFitConfig``, ``LayerNormConfig`` or ``HeadConfig``.
         name: of the adaptation; not in use yet, without dots (it is a part of parameters' names).
         head: None gives the adaptation a copy of the model's own head, an int a new one of that many labels, a
             module is used as it is.
@@ -170,6 +175,7 @@ def activate(model: Model, name: str | Sequence[str] | None, skip_layers: Iterab
     """Choose which adaptation runs and, if it was added for training, which trains.
 
     Args:
+        model: of a wired architecture.
         name: of an adaptation of this model; None is the bare base with its own head. A list of LoRAs runs their sum,
             with the head of the first.
         skip_layers: layers, counted from 0, in which the bare base runs (with its own LayerNorms).
@@ -308,6 +314,7 @@ def eject(model: Model, name: str | None = None) -> Model:
     What is computed stays the same; a prefix of 30 positions on BERT-base shrinks from 9,872,384 parameters to 552,960.
 
     Args:
+        model: with such an adaptation.
         name: of an adaptation with prefixes; None is the active one.
 
     Raises:
@@ -327,6 +334,7 @@ def keep_neurons(model: Model, name: str, masks: Tensor | Mapping[str, Tensor]) 
     """Fix which neurons of a masked adaptation run (``MaskedAdapterConfig``); saved with it.
 
     Args:
+        model: with such an adaptation.
         name: of the adaptation.
         masks: bool [b], True for a neuron that runs, for all sites; or a mapping from some sites' paths in the base
             model to such masks.
@@ -343,7 +351,11 @@ def keep_neurons(model: Model, name: str, masks: Tensor | Mapping[str, Tensor]) 
 
 
 def adaptations(model: nn.Module) -> list[str]:
-    """Names of the model's adaptations, in the order in which they were added."""
+    """Names of the model's adaptations, in the order in which they were added.
+
+    Args:
+        model: any; one that was never adapted has none.
+    """
     container = container_of(model)
     return [] if container is None else list(container)
 
@@ -351,8 +363,13 @@ def adaptations(model: nn.Module) -> list[str]:
 def remove(model: Model, name: str) -> Model:
     """Drop one adaptation; where it is the active one, the bare base runs. The base stays frozen until ``unload``.
 
+    Args:
+        model: with that adaptation.
+        name: of it.
+
     Raises:
-        ValueError: for an unknown name, listing the known ones, and for an adapter that a fusion mixes.
+        ValueError: for an unknown name, listing the known ones, for an adapter that a fusion mixes, for what is merged
+            into the weights, and inside :func:`fastadapt.route`; the model is unchanged.
     """
     from fastadapt.models.methods.fusion import users_of
 
@@ -375,12 +392,14 @@ def unload(model: Model, merge: bool = False) -> Model:
     """Give back a plain model: original classes, no adaptation, every ``requires_grad`` as before the first.
 
     Args:
+        model: of a wired architecture, adapted or accelerated.
         merge: leave the active LoRA in the base, for good: in the weights, the biases, and the values of the head.
             Without it a merged LoRA is taken out, and the base is what it was.
 
     Raises:
-        TypeError, ValueError: as :func:`fastadapt.merge`, with ``merge=True``, also for a head that the model's own
-            cannot hold; the model is then unchanged.
+        TypeError, ValueError: for a model of no wired architecture, a part of an adapted model, and inside
+            :func:`fastadapt.route`; with ``merge=True`` as :func:`fastadapt.merge`, also for a head that the model's
+            own cannot hold; the model is then unchanged. Without it also where a merged weight was written since.
     """
     wiring, container = wiring_of(model), container_of(model)
     check_owner(model, wiring)
@@ -401,15 +420,21 @@ def unload(model: Model, merge: bool = False) -> Model:
 
 
 def save(model: Model, path: str | os.PathLike[str], name: str | None = None, format: str | None = None) -> Model:
-    """Write one adaptation into a folder: LoRA in PEFT's format, others in AdapterHub's; safetensors; all or nothing.
+    """Write one adaptation into a folder, in the format of the library that has its method; all or nothing.
 
-    What those formats cannot hold (Houlsby's LayerNorms) goes to ``fastadapt.json`` and ``fastadapt.safetensors`` in
-    the same folder, and a warning says that AdapterHub would compute something else.
+    LoRA is written in PEFT's format; bottlenecks, prefixes, MAM and fusions with ``mix="attention"`` in AdapterHub's;
+    the weights as safetensors. What AdapterHub's cannot hold of them (Houlsby's LayerNorms, masks, AdapterDrop) goes
+    to ``fastadapt.json`` and ``fastadapt.safetensors`` in the same folder, and a warning says that AdapterHub would
+    compute something else. BitFit, LayerNorms, heads alone and other fusions, of which neither has a format, are in
+    these two files alone, and a warning says so. The head lies beside all of these as AdapterHub writes heads; in
+    PEFT's format it is a module to save. A head of the user's own, which no file can rebuild, is left out with a
+    warning.
 
     Args:
+        model: with the adaptation.
         path: of the folder; made where it does not exist.
         name: of the adaptation; None is the active one.
-        format: ``"peft"``, ``"adapterhub"``, or None for the one that fits.
+        format: ``"peft"`` (for LoRA), ``"adapterhub"`` (also for LoRA), or None for the one said above.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing is written.
@@ -441,6 +466,7 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
     """Read an adaptation from a folder, of a format told by its content, and activate it; the base is frozen.
 
     Args:
+        model: as in ``adapt``.
         path: of a folder that this library's ``save``, AdapterHub's ``save_adapter`` or PEFT's ``save_pretrained``
             wrote.
         name: for the adaptation here; None is the one in the file, and "default" where PEFT wrote none.
@@ -470,7 +496,14 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
 
 
 def refresh(model: Model) -> Model:
-    """Drop every packed copy of a weight; needed after writes that PyTorch's version counter does not see."""
+    """Drop every packed copy of a weight; needed after writes that PyTorch's version counter does not see.
+
+    Args:
+        model: whose weights were written.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is an nn.Module")
     dispatch.forget(list(model.parameters()))
@@ -490,7 +523,8 @@ def skip_padding(model: Model, skip: bool = True) -> Model:
         skip: False takes it back.
 
     Raises:
-        ValueError: for a model without fused sublayers, and one for question answering, whose head reads all positions.
+        TypeError, ValueError: for a ``skip`` that is no bool, a model of no wired architecture or without fused
+            sublayers, and one for question answering, whose head reads all positions.
     """
     from fastadapt.modules.unpad import FusedEncoder
 

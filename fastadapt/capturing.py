@@ -114,7 +114,7 @@ class Captured:
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._buckets: dict[tuple[tuple[int, int], tuple[Any, ...]], _Bucket] = {}
         self.captures = 0
-        self._grows = self._probed(example)
+        self._grows = self._probed()
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class Captured:
 
     # -- outputs -------------------------------------------------------------------------------------------------------
 
-    def _probed(self, example: Mapping[str, Tensor]) -> Any:
+    def _probed(self) -> Any:
         """Which dimensions of the output are the batch's and the length's, told from two small forwards."""
         table = self._table()
         batch = len(table.slots) if table is not None else 2

@@ -62,8 +62,12 @@ def unmerge(model: Model) -> Model:
 
     After an exact merge every bit of the weights is what it was.
 
+    Args:
+        model: after :func:`merge` or :func:`swap`.
+
     Raises:
-        ValueError: where nothing is merged, and where a merged weight was written since.
+        TypeError, ValueError: for a model of no wired architecture or without adaptations, where nothing is merged, and
+            where a merged weight was written since.
     """
     _, container = _checked(model)
     if container.merged is None:
@@ -74,6 +78,10 @@ def unmerge(model: Model) -> Model:
 
 def swap(model: Model, name: str | Sequence[str]) -> Model:
     """From the LoRA that is merged now to another, which is merged as exactly; one pass over W for equal targets.
+
+    Args:
+        model: after :func:`merge`.
+        name: of the other LoRA; a list of names is merged as their sum.
 
     Raises:
         TypeError, ValueError: as :func:`merge`, and where nothing is merged; the model is then unchanged.

@@ -60,6 +60,13 @@ def explain(model: nn.Module, length: int = 128) -> Explanation:
     Args:
         model: a model of a wired architecture; its dtype (or autocast's), device and state are what is explained.
         length: of the sequences, which decides about attention kernels.
+
+    Returns:
+        ``rows`` of ``path``, ``op``, ``backend`` and ``refused``, beside ``device``, ``dtype`` and ``active``; printed
+        as a table.
+
+    Raises:
+        TypeError, ValueError: for a model of no wired architecture.
     """
     wiring = wiring_of(model)
     base = wiring.base_of(model)
@@ -150,7 +157,17 @@ class ParameterReport:
 
 
 def parameter_report(model: nn.Module) -> ParameterReport:
-    """Trained, total and per-task counts of parameters; heads and copies of LayerNorms are counted apart."""
+    """Trained, total and per-task counts of parameters; heads and copies of LayerNorms are counted apart.
+
+    Args:
+        model: adapted, or any other, which has no tasks.
+
+    Returns:
+        ``trained``, ``total``, ``base``, ``trained_share`` and ``tasks``, by name; printed as a table.
+
+    Raises:
+        TypeError: for what is no ``nn.Module``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted is an nn.Module")
     base = sum(p.numel() for _, p in base_parameters(model))

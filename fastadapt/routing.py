@@ -197,6 +197,7 @@ def route(
     ``merge``, ``unload``, ...), copies and pickles are refused inside.
 
     Args:
+        model: with adaptations, none of them merged.
         names: one a row of the batch, of adaptations of this model, or None; or a tuple of such names.
         skip_layers: as in :func:`fastadapt.activate`, for all rows.
 

@@ -123,6 +123,8 @@ def test_switching_packs_no_weight_and_gives_each_its_own():
         (lambda m: fa.BitFitConfig(()), ValueError, "terms"),
         (lambda m: fa.BitFitConfig(("query", "query")), ValueError, "terms.*once"),
         (lambda m: fa.BitFitConfig(3), TypeError, "terms"),
+        (lambda m: fa.BitFitConfig(terms=[[1]]), ValueError, r"terms: got \[\[1\]\]; accepted are 'all' or"),
+        (lambda m: fa.BitFitConfig(None), TypeError, "terms: got None; accepted are 'all' or"),
         (lambda m: fa.LayerNormConfig("none"), ValueError, "layer_norms"),
         (lambda m: fa.adapt(m, fa.BitFitConfig("embeddings_project")), ValueError, "terms.*no bias at embeddings_proj"),
         (lambda m: fa.adapt(m.bert, fa.HeadConfig()), ValueError, "config.*no head"),

@@ -156,6 +156,8 @@ def test_files(drop, base, tmp_path):
         (lambda: fa.AdapterDrop("robust", n=2), ValueError, "n"),
         (lambda: fa.AdapterDrop("independent"), ValueError, "p"),
         (lambda: fa.AdapterDrop("robust", p=0.5), ValueError, "p"),
+        (lambda: fa.AdapterDrop("independent", p=float("nan")), ValueError, "p: got nan; accepted.*a probability"),
+        (lambda: fa.AdapterDrop("specialised", n=float("nan")), TypeError, "n: got nan; accepted"),
         (lambda: fa.HoulsbyConfig(drop=0.5), TypeError, "drop"),
         (lambda: fa.adapt(make(), config(fa.AdapterDrop("specialised", n=3))), ValueError, "drop.*0 to 2"),
     ],

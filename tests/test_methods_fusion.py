@@ -229,6 +229,31 @@ def test_explain_names_the_products():
     assert rows == ["linear", "add_norm", "linear", "linear", "mix", "linear", "add_norm"]
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"adapters": [["a"], ["b"]]}, ValueError, "adapters: got .*accepted are two different names"),
+        ({"adapters": None}, TypeError, "adapters: got None; accepted is"),
+        ({"mix": "weights", "weights": 3}, TypeError, "weights: got 3; accepted are None and 2 numbers"),
+        ({"mix": "weights", "weights": (NAN, 1)}, ValueError, r"weights\[0\]: got nan; accepted is a finite number"),
+        ({"mix": "weights", "weights": (1, -INF)}, ValueError, r"weights\[1\]: got -inf; accepted is a finite number"),
+        ({"mix": "weights", "weights": (1, 10**400)}, ValueError, r"weights\[1\]: got 1000.*a finite number"),
+        ({"mix": "weights", "weights": (1, "2")}, TypeError, r"weights\[1\]: got '2'; accepted is a finite number"),
+        ({"dropout": NAN}, ValueError, "dropout: got nan; accepted are None and a probability"),
+        ({"regularization": NAN}, ValueError, "regularization: got nan; accepted is a finite number of at least 0"),
+        ({"regularization": INF}, ValueError, "regularization: got inf; accepted is a finite number of at least 0"),
+        ({"regularization": -0.1}, ValueError, "regularization: got -0.1; accepted is a finite number of at least 0"),
+        ({"regularization": "1"}, TypeError, "regularization: got '1'; accepted is a finite number of at least 0"),
+    ],
+)
+def test_bad_configurations(fields, error, message):
+    with pytest.raises(error, match=message):
+        fa.FusionConfig(**{"adapters": ["a", "b"], **fields})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

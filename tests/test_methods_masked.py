@@ -206,7 +206,12 @@ def test_trainer_adds_the_loss(tmp_path):
     ("call", "error", "message"),
     [
         (lambda m: fa.MaskedAdapterConfig(mask_prob=1.5), ValueError, "mask_prob"),
+        (lambda m: fa.MaskedAdapterConfig(mask_prob=float("nan")), ValueError, "mask_prob: got nan"),
         (lambda m: fa.MaskedAdapterConfig(mask_loss_weight=-1), ValueError, "mask_loss_weight"),
+        (lambda m: fa.MaskedAdapterConfig(mask_loss_weight=float("nan")), ValueError, "mask_loss_weight: got nan"),
+        (lambda m: fa.MaskedAdapterConfig(mask_loss_weight=float("inf")), ValueError, "mask_loss_weight: got inf"),
+        (lambda m: fa.MaskedAdapterConfig(mask_loss_weight=None), TypeError, "mask_loss_weight: got None"),
+        (lambda m: fa.MaskedAdapterConfig(scale=float("nan")), ValueError, "scale: got nan"),
         (lambda m: fa.keep_neurons(m, "a", torch.ones(7, dtype=torch.bool)), ValueError, r"masks.*\(7,\).*\(8,\)"),
         (lambda m: fa.keep_neurons(m, "a", torch.ones(8)), ValueError, "masks.*float32"),
         (lambda m: fa.keep_neurons(m, "a", {"pooler": torch.ones(8) > 0}), ValueError, "masks.*pooler"),

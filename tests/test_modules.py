@@ -156,16 +156,17 @@ def test_replaced_tells_why():
 
 # -- configurations ----------------------------------------------------------------------------------------------
 
+NAN, INF = float("nan"), float("inf")
 BAD = {
-    "bottleneck": [0, -1, 2.5, "64", True],
-    "reduction_factor": [0, -2, "x", {}, {"default": 0}],
-    "activation": ["gloo", ""],
-    "placements": ["intermediate", (), ("output", "output"), ("output", "ffn")],
+    "bottleneck": [0, -1, 2.5, "64", True, NAN],
+    "reduction_factor": [0, -2, "x", {}, {"default": 0}, NAN, INF, {"default": NAN}, {"0": 4, "default": "x"}],
+    "activation": ["gloo", "", None, ["gelu"]],
+    "placements": ["intermediate", (), ("output", "output"), ("output", "ffn"), None, 3, [["output"]]],
     "parallel": [1, None],
-    "scale": ["big", None, True],
-    "dropout": [-0.1, 1.5, "0.1"],
+    "scale": ["big", None, True, NAN, INF, -INF, 10**400],
+    "dropout": [-0.1, 1.5, "0.1", NAN, INF],
     "init": ["zeros", None],
-    "leave_out": [3, (-1,), ("0",)],
+    "leave_out": [3, (-1,), ("0",), None, [[1]], (NAN,)],
     "gate": ["yes"],
     "train_layer_norm": [True, "embeddings"],
     "residual_before_ln": ["pre_add", 1],

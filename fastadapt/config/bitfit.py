@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastadapt.config.checks import choice
+from fastadapt.config.checks import choice, different, several
 
 TERMS: tuple[str, ...] = (
     "query",
@@ -41,12 +41,10 @@ class BitFitConfig:
     def __post_init__(self) -> None:
         if self.terms == "all":
             return
-        try:
-            terms = (self.terms,) if isinstance(self.terms, str) else tuple(self.terms)
-        except TypeError:
-            raise TypeError(f"terms: got {self.terms!r}; accepted are 'all' or some of {', '.join(TERMS)}") from None
-        if not terms or len(set(terms)) != len(terms) or any(t not in TERMS for t in terms):
-            raise ValueError(f"terms: got {self.terms!r}; accepted are 'all' or some of {', '.join(TERMS)}, each once")
+        accepted = f"'all' or some of {', '.join(TERMS)}"
+        terms = several("terms", self.terms, accepted)
+        if not terms or not different(terms) or any(t not in TERMS for t in terms):
+            raise ValueError(f"terms: got {self.terms!r}; accepted are {accepted}, each once")
         object.__setattr__(self, "terms", terms)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastadapt.config.checks import choice, is_number, layer_numbers, positive
+from fastadapt.config.checks import choice, different, finite, is_number, layer_numbers, positive, several
 from fastadapt.config.drop import AdapterDrop
 from fastadapt.ops.activations import canonical
 
@@ -74,8 +74,8 @@ class BottleneckConfig:
         self._check_placements()
         if isinstance(self.scale, str):
             choice("scale", self.scale, SCALES)
-        elif not is_number(self.scale):
-            raise TypeError(f"scale: got {self.scale!r}; accepted are a number, 'learned' and 'channel'")
+        else:
+            finite("scale", self.scale, accepted="a finite number, 'learned' and 'channel'")
         if not is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout: got {self.dropout!r}; accepted is a probability from 0 to 1")
         choice("init", self.init, INITS)
@@ -100,23 +100,21 @@ class BottleneckConfig:
         if self.bottleneck is not None:
             positive("bottleneck", self.bottleneck)
             return
+        accepted = "a finite number above 0, or a mapping from layers and 'default' to such numbers"
         if isinstance(self.reduction_factor, Mapping):
             object.__setattr__(self, "reduction_factor", {str(k): v for k, v in self.reduction_factor.items()})
-            values = list(self.reduction_factor.values())
+            if not self.reduction_factor:
+                raise ValueError(f"reduction_factor: got {{}}; accepted are {accepted}")
+            for layer, factor in self.reduction_factor.items():
+                finite(f"reduction_factor[{layer!r}]", factor, above=0)
         else:
-            values = [self.reduction_factor]
-        if not values or not all(is_number(v) and v > 0 for v in values):
-            raise ValueError(
-                f"reduction_factor: got {self.reduction_factor!r}; accepted are a number above 0, or a mapping from "
-                "layers and 'default' to such numbers"
-            )
+            finite("reduction_factor", self.reduction_factor, above=0, accepted=accepted)
 
     def _check_placements(self) -> None:
-        placements = (self.placements,) if isinstance(self.placements, str) else tuple(self.placements)
-        unknown = [p for p in placements if p not in PLACEMENTS]
-        if unknown or not placements or len(set(placements)) != len(placements):
-            accepted = ", ".join(PLACEMENTS)
-            raise ValueError(f"placements: got {self.placements!r}; accepted are one or both of {accepted}")
+        accepted = f"one or both of {', '.join(PLACEMENTS)}"
+        placements = several("placements", self.placements, accepted)
+        if not placements or not different(placements) or any(p not in PLACEMENTS for p in placements):
+            raise ValueError(f"placements: got {self.placements!r}; accepted are {accepted}")
         object.__setattr__(self, "placements", placements)
 
     def width(self, layer: int, hidden: int) -> int:

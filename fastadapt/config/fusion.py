@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastadapt.config.checks import choice, is_number
+from fastadapt.config.checks import choice, different, finite, is_number, several
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,22 @@ class FusionConfig:
         if isinstance(self.adapters, str) or not isinstance(self.adapters, (list, tuple)):
             raise TypeError(f"adapters: got {self.adapters!r}; accepted is a list of names")
         names = tuple(self.adapters)
-        if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
+        if len(names) < 2 or not different(names):
             raise ValueError(f"adapters: got {self.adapters!r}; accepted are two different names or more")
         object.__setattr__(self, "adapters", names)
         choice("mix", self.mix, ("attention", "average", "weights"))
         if self.weights is not None:
             if self.mix != "weights":
                 raise ValueError(f"weights: got {self.weights!r}; accepted with mix={self.mix!r} is None")
-            weights = tuple(self.weights)
-            if len(weights) != len(names) or not all(is_number(w) for w in weights):
-                raise ValueError(f"weights: got {self.weights!r}; accepted are None and {len(names)} numbers")
+            accepted = f"None and {len(names)} numbers"
+            weights = several("weights", self.weights, accepted)
+            if len(weights) != len(names):
+                raise ValueError(f"weights: got {self.weights!r}; accepted are {accepted}")
+            for i, w in enumerate(weights):
+                finite(f"weights[{i}]", w)
             object.__setattr__(self, "weights", tuple(float(w) for w in weights))
         for field in ("value", "train_adapters"):
             choice(field, getattr(self, field), (True, False))
         if self.dropout is not None and (not is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0):
             raise ValueError(f"dropout: got {self.dropout!r}; accepted are None and a probability from 0 to 1")
-        if not is_number(self.regularization) or self.regularization < 0.0:
-            raise ValueError(f"regularization: got {self.regularization!r}; accepted is a number from 0")
+        finite("regularization", self.regularization, 0)

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from fastadapt.config.checks import choice, is_number
+from fastadapt.config.checks import choice, different, finite, is_number, positive, several
 
 TARGETS: tuple[str, ...] = ("query", "key", "value", "attention_output", "intermediate", "output")
 INITS: tuple[str, ...] = ("kaiming", "gaussian")
@@ -51,8 +52,8 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
-        _check_alpha("alpha", self.alpha)
+        positive("r", self.r)
+        finite("alpha", self.alpha, above=0)
         self._check_targets()
         if not is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout: got {self.dropout!r}; accepted is a probability from 0 to 1")
@@ -60,20 +61,13 @@ class LoRAConfig:
         choice("rslora", self.rslora, (True, False))
         choice("dora", self.dora, (True, False))
         choice("bias", self.bias, BIASES)
-        self._check_pattern("rank_pattern", _check_rank)
-        self._check_pattern("alpha_pattern", _check_alpha)
+        self._check_pattern("rank_pattern", positive)
+        self._check_pattern("alpha_pattern", partial(finite, above=0))
 
     def _check_targets(self) -> None:
         accepted = f"some of {', '.join(TARGETS)}, or paths of linear layers in the base model"
-        if isinstance(self.targets, str):
-            targets: tuple[Any, ...] = (self.targets,)
-        else:
-            try:
-                targets = tuple(self.targets)
-            except TypeError:
-                raise TypeError(f"targets: got {self.targets!r}; accepted are {accepted}") from None
-        unknown = [t for t in targets if not isinstance(t, str) or (t not in TARGETS and "." not in t)]
-        if unknown or not targets or len(set(targets)) != len(targets):
+        targets = several("targets", self.targets, accepted)
+        if not targets or not different(targets) or any(t not in TARGETS and "." not in t for t in targets):
             raise ValueError(f"targets: got {self.targets!r}; accepted are {accepted}, each once")
         object.__setattr__(self, "targets", targets)
 
@@ -112,17 +106,3 @@ def fits(key: str, target: str, path: str) -> bool:
 
 def _first(pattern: Mapping[str, Any], target: str, path: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if fits(key, target, path)), default)
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}; accepted is an int of at least 1")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; accepted is an int of at least 1")
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name}: got {value!r}; accepted is a number above 0")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value!r}; accepted is a number above 0")

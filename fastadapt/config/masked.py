@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastadapt.config.bottleneck import BottleneckConfig
-from fastadapt.config.checks import is_number
+from fastadapt.config.checks import finite, is_number
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,4 @@ class MaskedAdapterConfig(BottleneckConfig):
         super().__post_init__()
         if not is_number(self.mask_prob) or not 0.0 <= self.mask_prob <= 1.0:
             raise ValueError(f"mask_prob: got {self.mask_prob!r}; accepted is a probability from 0 to 1")
-        if not is_number(self.mask_loss_weight) or self.mask_loss_weight < 0.0:
-            raise ValueError(f"mask_loss_weight: got {self.mask_loss_weight!r}; accepted is a number from 0")
+        finite("mask_loss_weight", self.mask_loss_weight, 0)

@@ -24,9 +24,10 @@ class LoRALinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as of ``nn.Linear``.
         r: rank, at most the smaller of both features.
-        alpha: α; s = α/r, or α/√r with ``rslora``.
+        alpha: α; s = α/r.
         dropout: of what A reads, in training.
         init: of A, ``"kaiming"`` or ``"gaussian"``; B is zero.
+        rslora: s = α/√r.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
@@ -64,7 +65,15 @@ class LoRALinear(nn.Linear):
         init: Literal["kaiming", "gaussian"] = "kaiming",
         rslora: bool = False,
     ) -> LoRALinear:
-        """One around an existing layer: it shares its weight and bias, the same parameters, which it freezes."""
+        """One around an existing layer: it shares its weight and bias, the same parameters, which it freezes.
+
+        Args:
+            linear: of floating weights.
+            r, alpha, dropout, init, rslora: as of the class.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was given and what is accepted.
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}; accepted is an nn.Linear")
         if not linear.weight.is_floating_point():

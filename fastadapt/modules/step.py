@@ -208,6 +208,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
     A model that is given labels returns a loss that has it, in training; this is for who computes the loss from the
     model's other outputs. To be called after the forward, once.
 
+    Args:
+        model: any; what is not adapted adds nothing.
+
     Returns:
         A scalar that a gradient flows through, or None where there is nothing to add.
     """

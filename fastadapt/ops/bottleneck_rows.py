@@ -52,7 +52,7 @@ class Slot:
     dropout_p: float = 0.0
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Its parameters, in the order in which :class:`_Rows` has them."""
+        """w_down, b_down, w_up, b_up, a scale that is a tensor, norm_weight and norm_bias; None for what is none."""
         vector = self.scale if isinstance(self.scale, Tensor) else None
         return (self.w_down, self.b_down, self.w_up, self.b_up, vector, self.norm_weight, self.norm_bias)
 

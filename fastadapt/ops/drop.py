@@ -20,6 +20,9 @@ def drop(x: Tensor, dropout_p: float, *, seed: int | Tensor | None = None) -> Te
 
     Returns:
         A tensor like x; x itself where ``dropout_p`` is 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
     checks.floating("x", x)
     dropout_p = checks.probability("dropout_p", dropout_p)

@@ -47,6 +47,9 @@ def linear(
 
     Returns:
         [..., ΣN_i] in x's dtype, or in autocast's where autocast is on.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] if bias is None or isinstance(bias, Tensor) else list(bias)

@@ -47,7 +47,11 @@ class LowRank:
 
 @dataclass(eq=False)
 class LowRanks:
-    """The LoRAs of one linear op, a list for each field of :class:`LowRank`: a routed batch has hundreds of them."""
+    """The LoRAs of one linear op, a list for each field of :class:`LowRank`: a routed batch has hundreds of them.
+
+    Args:
+        a, b, scales, weights, slots, dropout_p, seeds: of every LoRA, in one order, as many in each list.
+    """
 
     a: list[Tensor] = field(default_factory=list)
     b: list[Tensor] = field(default_factory=list)

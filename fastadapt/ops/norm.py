@@ -36,6 +36,10 @@ def add_norm(
         dropout_p, seed: as in :func:`fastadapt.ops.bottleneck`, on x.
         return_sum: return ``(y, s)``, both differentiable.
 
+    Returns:
+        y, of x's shape, in x's dtype or in autocast's where autocast is on; with ``return_sum`` (y, s), and s, the sum,
+        is like y.
+
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """

@@ -439,7 +439,7 @@ class MixTile:
     warps: int
 
 
-def mix_rows(arch: Architecture, rows: int, adapters: int, bottleneck: int, *, backward: bool) -> MixTile:
+def mix_rows(arch: Architecture, adapters: int, bottleneck: int, *, backward: bool) -> MixTile:
     """Sixteen elements a thread of each of two tiles, or in backward eight of each of three."""
     count, width = triton.next_power_of_2(adapters), triton.next_power_of_2(bottleneck)
     if arch is INTERPRETER:

@@ -72,7 +72,7 @@ def forward(sigma, t, shift, count, dropout_p, seed):
     m = torch.empty_like(t)
     if rows == 0:
         return m
-    tile = launch.mix_rows(launch.architecture(sigma), rows, count, b, backward=False)
+    tile = launch.mix_rows(launch.architecture(sigma), count, b, backward=False)
     dropout = Dropout.of(dropout_p, seed)
     forward_kernel[(triton.cdiv(rows, tile.rows),)](
         sigma, t, shift, m, dropout.seed, rows, dropout.least, dropout.factor, triton.cdiv(count, 64), N=count, B=b,
@@ -116,7 +116,7 @@ def backward(dm, sigma, t, shift, count, dropout_p, seed):
     dshift = t.new_empty(0) if shift is None else torch.empty_like(shift)
     if rows == 0:
         return dsigma, dt, dshift
-    tile = launch.mix_rows(launch.architecture(sigma), rows, count, b, backward=True)
+    tile = launch.mix_rows(launch.architecture(sigma), count, b, backward=True)
     dropout = Dropout.of(dropout_p, seed)
     backward_kernel[(triton.cdiv(rows, tile.rows),)](
         dm, sigma, t, shift, dsigma, dt, dshift, dropout.seed, rows, dropout.least, dropout.factor,
