@@ -104,6 +104,7 @@ void check_linear(at::TensorList weights, int64_t n, int64_t k) {
     columns += w.size(0);
   }
   TORCH_CHECK_VALUE(n < 0 || columns == n, "weights: got ", columns, " columns in all; accepted are ", n);
+  TORCH_CHECK_VALUE(columns && k, "weights: got ", columns, " columns of ", k, "; accepted is at least one of each");
 }
 
 void check_loras(at::TensorList weights, at::TensorList a, at::TensorList b, at::IntArrayRef owners,
@@ -347,6 +348,7 @@ void check_adapter(int64_t hidden, const Tensor& w_down, const OptionalTensor& b
   check_floating("w_down", w_down);
   TORCH_CHECK_VALUE(w_down.dim() == 2, "w_down: got shape ", w_down.sizes(), "; accepted is [b, ", hidden, "]");
   const int64_t b = w_down.size(0);
+  TORCH_CHECK_VALUE(b, "w_down: got shape ", w_down.sizes(), "; accepted is [b, ", hidden, "] with b from 1");
   check_matrix("w_down", w_down, b, hidden);
   check_vector("b_down", b_down, b);
   check_matrix("w_up", w_up, hidden, b);

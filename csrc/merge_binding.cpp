@@ -375,12 +375,63 @@ class Remerge {
   std::atomic<bool> broken_{false};
 };
 
+bool is_number(const Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
+// What the pass reads and writes by address. fastadapt/ops/merge.py has checked it already, but for the lists' values.
+void check_update(const char* which, at::TensorList weights, at::TensorList a, at::TensorList b,
+                  at::ArrayRef<double> scales) {
+  if (a.empty() && b.empty() && scales.empty()) return;
+  const size_t count = weights.size();
+  TORCH_CHECK_VALUE(a.size() == count && b.size() == count && scales.size() == count, which, "a, b, scales: got ", a.size(),
+                    ", ", b.size(), " and ", scales.size(), " for ", count, " weights; accepted is one each");
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &w = weights[i], &x = a[i], &y = b[i];
+    for (const Tensor* t : {&x, &y})
+      TORCH_CHECK_VALUE(t->is_cpu() && is_number(*t) && t->dim() == 2 && t->is_contiguous(), which, t == &x ? "a[" : "b[", i,
+                        "]: got ", t->sizes(), " of ", t->scalar_type(), "; accepted is a contiguous matrix on the CPU");
+    TORCH_CHECK_VALUE(x.size(1) == w.size(1) && y.size(0) == w.size(0) && x.size(0) == y.size(1), which, "a[", i, "], b[", i,
+                      "]: got shapes ", x.sizes(), " and ", y.sizes(), " for a weight of ", w.sizes(),
+                      "; accepted are [r, in] and [out, r]");
+  }
+}
+void check_residues(at::TensorList weights, at::TensorList codes, at::TensorList index, at::TensorList bits) {
+  if (codes.empty() && index.empty() && bits.empty()) return;
+  TORCH_CHECK_VALUE(codes.size() == weights.size() && index.size() == weights.size() && bits.size() == weights.size(),
+                    "residues: got ", codes.size(), " for ", weights.size(), " weights; accepted is one each");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    const auto of_bits = w.element_size() == 4 ? at::kInt : at::kShort;
+    const bool fits = codes[i].sizes() == w.sizes() && index[i].dim() == 1 && index[i].sizes() == bits[i].sizes() &&
+                      (codes[i].scalar_type() == at::kChar || codes[i].scalar_type() == w.scalar_type()) &&
+                      index[i].scalar_type() == at::kInt && bits[i].scalar_type() == of_bits;
+    const bool reachable = codes[i].is_cpu() && index[i].is_cpu() && bits[i].is_cpu() && codes[i].is_contiguous() &&
+                           index[i].is_contiguous() && bits[i].is_contiguous();
+    TORCH_CHECK_VALUE(fits && reachable, "residues[", i, "]: does not fit a weight of ", w.sizes(), " and ", w.scalar_type(),
+                      "; accepted is what merge_ put there");
+    const auto* at = index[i].const_data_ptr<int32_t>();
+    const int64_t count = index[i].numel();
+    int out_of_order = 0;  // one answer for all: the compiler makes vectors of it
+    for (int64_t n = 1; n < count; ++n) out_of_order |= at[n] <= at[n - 1];
+    TORCH_CHECK_VALUE(count == 0 || (!out_of_order && at[0] >= 0 && at[count - 1] < w.numel()), "residues[", i,
+                      "].index: got ", out_of_order ? "places out of order" : "a place outside of the weight",
+                      "; accepted are ascending places below ", w.numel(), "; nothing was changed");
+  }
+}
+
 using Residues = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 Residues remerge(at::TensorList weights, at::TensorList old_a, at::TensorList old_b, at::ArrayRef<double> old_scales,
                  at::TensorList old_codes, at::TensorList old_index, at::TensorList old_bits, at::TensorList a,
                  at::TensorList b, at::ArrayRef<double> scales, bool exact) {
   const at::AutoDispatchBelowADInplaceOrView guard;
+  for (size_t i = 0; i < weights.size(); ++i)
+    TORCH_CHECK_VALUE(weights[i].is_cpu() && is_number(weights[i]) && weights[i].dim() == 2 && weights[i].is_contiguous(),
+                      "weights[", i, "]: got ", weights[i].sizes(), " of ", weights[i].scalar_type(),
+                      "; accepted is a contiguous matrix of float32, bfloat16 or float16 on the CPU");
+  check_update("old_", weights, old_a, old_b, old_scales);
+  check_update("", weights, a, b, scales);
+  check_residues(weights, old_codes, old_index, old_bits);
   Residues out;
   auto& [codes, index, bits, refused] = out;
   Updates old_update(weights, old_a, old_b, old_scales), update(weights, a, b, scales);

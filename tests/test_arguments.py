@@ -17,7 +17,7 @@ ROWS, H, B, N, R = 6, 32, 8, 48, 3  # N columns of a linear, R a LoRA's rank
 
 
 def _kernels() -> dict[str, list]:
-    """Valid arguments of every op of the library that takes activations."""
+    """Valid arguments of every op of the library."""
     torch.manual_seed(0)
     x, dy, wide, s = torch.randn(ROWS, H), torch.randn(ROWS, H), torch.randn(ROWS, N), torch.randn(ROWS, R)
     w, bias, a, b = torch.randn(N, H), torch.randn(N), torch.randn(R, H), torch.randn(N, R)
@@ -27,6 +27,7 @@ def _kernels() -> dict[str, list]:
     qkv, prefix, mask = torch.randn(2, 3, 3 * H), torch.randn(2, 2, H), torch.zeros(2, 4, 3, 3)
     seed = torch.tensor(7)
     low = ([a], [b], [0.5], [0], [0])
+    codes, index, bits = torch.zeros(N, H, dtype=torch.int8), torch.tensor([3]).int(), torch.tensor([0]).int()
     adapter = (down, up, "gelu", 1.0, norm, True)  # with its vector of scales
     return {
         "linear_forward": [x, [w], [bias], "gelu", 0.1, seed, False],
@@ -56,6 +57,7 @@ def _kernels() -> dict[str, list]:
         "attention_backward": [
             torch.randn(2, 3, H), qkv, prefix, mask, torch.randn(2, 4, 3), 4, 0.3, 0.1, seed,
         ],
+        "remerge_": [[w], [a], [b], [0.5], [codes], [index], [bits], [a.clone()], [b.clone()], [0.25], True],
     }  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def test_no_kernel_reads_past_a_tensor_that_is_too_small(op):
 def test_no_kernel_reads_another_dtype(op):
     arguments, kernel = _kernels()[op], getattr(cpu, op)
     for place, given in _tensors(arguments):
-        other = given.to(torch.int32) if place else given.double()
+        other = given.double() if place == 0 or given.dtype == torch.int32 else given.to(torch.int32)
         with pytest.raises((ValueError, TypeError), match="accepted"):
             kernel(*_with(arguments, place, other))
 

@@ -446,6 +446,15 @@ def test_kept_bytes_are_those_held_after_the_call():
     assert measure.kept_bytes(call, "cpu") == 4000
 
 
+def test_what_the_kernels_own_memory_holds_is_counted():
+    x, w = torch.randn(64, 768), torch.randn(3072, 768)
+    with torch.no_grad():
+        fa.ops.linear(x, w)
+        assert 64 * 3072 * 4 <= measure.peak_bytes(lambda: fa.ops.linear(x, w), "cpu") <= 1.1 * 64 * 3072 * 4
+    kept: list[torch.Tensor] = []
+    assert measure.kept_bytes(lambda: kept.append(fa.ops.linear(x, w)), "cpu") >= 64 * 3072 * 4
+
+
 # -- the figures to reach -------------------------------------------------------------------------------------------
 
 

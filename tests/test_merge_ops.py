@@ -416,6 +416,20 @@ def test_bad_input_is_refused_and_nothing_changes(what, verb):
         assert torch.equal(w.to_dense(), was.to_dense())
 
 
+@pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="no C++ kernels here")
+@pytest.mark.parametrize("index", [[5, 7, -3], [-3, 5, 7], [5, 5, 7], [5, 7, 64 * 32]])
+def test_a_residue_with_places_that_are_not_there_is_refused(index):
+    """A file may hold one: nothing is written past the weight, nor into it."""
+    weights = [torch.randn(64, 32)]
+    first, residues = update(weights, 2), []
+    merge_(weights, *first, residues)
+    before = clones(weights)
+    bad = Residue(residues[0].codes, torch.tensor(index).int(), torch.zeros(3).int())
+    with fa.backend("cpu"), pytest.raises(ValueError, match=r"residues\[0\].*nothing was changed"):
+        unmerge_(weights, *first, [bad])
+    assert all_same(weights, before)
+
+
 def test_residues_that_do_not_belong_are_refused():
     weights = hard_weights(((4, 6), (5, 7)), torch.float32)
     first, residues = update(weights, 2), []

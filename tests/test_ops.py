@@ -618,6 +618,31 @@ def test_checkpointing_repeats_the_dropout(runner, reentrant):
         assert torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_empty_product_is_zeros(grad, poison):
+    x, none, bias = torch.ones(3, 8, requires_grad=grad), torch.empty(0, 8), torch.full((8,), 2.0)
+    both = bias.expand(3, 8)
+    assert torch.equal(fa.ops.bottleneck(x, none, none[:, 0], none.T, bias, skip=False), both)
+    assert torch.equal(fa.ops.linear(none.T[:3], none.T, bias), both)
+    assert torch.equal(fa.ops.lora_linear(none.T[:3], none.T, bias, none.T[:1], bias[:, None]), both)
+    y = fa.ops.linear(x, none)
+    assert y.shape == (3, 0)
+    if grad:
+        y.sum().backward()
+        assert torch.equal(x.grad, torch.zeros(3, 8))
+
+
+@pytest.mark.parametrize("runner", [r for r in KERNELS if r.backend == "cpu"], ids=str)
+def test_a_gradient_through_any_number_of_outputs(runner):
+    """A vocabulary's: more of k in backward than any list of fixed length holds."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(270_000, 4, generator=generator)
+    x = torch.randn(2, 4, generator=generator, requires_grad=True)
+    with runner.running():
+        fa.ops.linear(x, w).sum().backward()
+    torch.testing.assert_close(x.grad, w.double().sum(0).float().expand(2, 4), rtol=1e-5, atol=1e-2)
+
+
 @every_runner
 @pytest.mark.parametrize("loss", ["sum", "square"])  # the gradient of a sum is a constant
 @pytest.mark.parametrize("op", ["bottleneck", "add_norm", "linear", "attention", "drop"])
@@ -636,6 +661,8 @@ def test_double_backward_raises_clearly(runner, op, loss):
         }[op]()
         (grad,) = torch.autograd.grad((y.square() if loss == "square" else y).sum(), t["x"], create_graph=True)
         penalised = t["x"].sum() + grad.square().sum()  # which has a gradient without the penalty's, too
+        with pytest.raises(RuntimeError, match="can be differentiated once"):
+            torch.autograd.grad(penalised, t["x"], retain_graph=True)  # runs what leads there alone
         with pytest.raises(RuntimeError, match="can be differentiated once"):
             penalised.backward()
 

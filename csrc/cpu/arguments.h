@@ -26,7 +26,8 @@ inline void check_activation(const char* name, const at::Tensor& t, int64_t dim)
 }
 
 inline void check_features(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.size(1) <= kMaxFeatures, "x: got ", x.size(1), " features; accepted are up to ", kMaxFeatures);
+  TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(1) <= kMaxFeatures, "x: got ", x.size(1), " features; accepted are 1 to ",
+                    kMaxFeatures);
 }
 
 // What goes beside x, element by element.

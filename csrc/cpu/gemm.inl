@@ -450,13 +450,14 @@ class Passes {
     add({0, b, panel_stride, kStrip<T>, ldb, words});
   }
   void add_packed(const uint32_t* b, int64_t words) { add(packed_pass<T>(0, b, words)); }
-  int count() const { return count_; }
+  int count() const { return (int)passes_.size(); }
   const Pass& operator[](int i) const { return passes_[i]; }
 
  private:
   void add(const Pass& all) {
+    passes_.reserve(passes_.size() + (all.words + length_ - 1) / length_);
     for (int64_t k = 0; k < all.words; k += length_) {
-      Pass& pass = passes_[count_++] = all;
+      Pass& pass = passes_.emplace_back(all);
       pass.a = start_ + (in_parts<T> ? words_of<T>(k) : k);
       pass.b += k * all.ldb;
       pass.words = std::min(length_, all.words - k);
@@ -464,8 +465,7 @@ class Passes {
     const int64_t words = in_parts<T> ? words_of<T>(all.words) : all.words;
     start_ += (words + kBlock - 1) / kBlock * kBlock;  // the next B starts on a block of A
   }
-  Pass passes_[in_parts<T> ? 2 * kMaxPasses : kMaxPasses];
-  int count_ = 0;
+  std::vector<Pass> passes_;
   int64_t start_, length_;
 };
 // Few columns get shorter passes: there BLAS sums in several chains, and rounds less.

@@ -233,7 +233,6 @@ struct MergeRows {  // w += t a or w -= t a, rounded once
 constexpr int64_t kPanel = 32;
 // The largest that the kernels serve; backends/cpu.py asks for them.
 constexpr int64_t kMaxFeatures = 16384, kMaxRank = 768, kMaxAttentionLength = 768, kMaxHeadDim = 256;
-constexpr int kMaxPasses = 512;  // passes of 128 words or more: 65,536 floats of k
 
 struct Table {
   const char* name;

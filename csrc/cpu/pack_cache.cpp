@@ -35,7 +35,6 @@ struct Packings {
 
 std::mutex mutex;
 std::unordered_map<const void*, Packings> cache;
-size_t inserted = 0;
 
 void drop_expired() {
   for (auto it = cache.begin(); it != cache.end();) it = it->second.storage.expired() ? cache.erase(it) : ++it;
@@ -87,7 +86,7 @@ PackedWeight packed(const Table& table, const at::Tensor& w, DType compute, Layo
   std::lock_guard<std::mutex> lock(mutex);
   auto of_storage = cache.find(storage);
   if (of_storage == cache.end()) {
-    if (++inserted % 64 == 0) drop_expired();
+    drop_expired();
     auto weak = c10::weak_intrusive_ptr<c10::StorageImpl>(
         c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
     of_storage = cache.emplace(storage, Packings{std::move(weak), {}}).first;

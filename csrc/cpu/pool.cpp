@@ -4,6 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -42,6 +43,7 @@ class Pool final : public c10::Allocator {
       if (huge) madvise(p, rounded, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
     }
+    report(p, static_cast<int64_t>(rounded));
     auto* block = new Block{p, rounded};
     return {p, block, &Pool::give_back, c10::Device(c10::kCPU)};
   }
@@ -74,9 +76,17 @@ class Pool final : public c10::Allocator {
     void* data;
     size_t bytes;
   };
+  // To PyTorch's profiler, as its own allocators do: what tensors hold, not what is kept for the next ones.
+  static void report(void* p, int64_t bytes) {
+    static std::atomic<int64_t> held{0};
+    const int64_t now = held += bytes;
+    if (c10::memoryProfilingEnabled())
+      c10::reportMemoryUsageToProfiler(p, bytes, static_cast<size_t>(now), 0, c10::Device(c10::kCPU));
+  }
   static void give_back(void* context) {
     auto* block = static_cast<Block*>(context);
     Pool& pool = instance();
+    report(block->data, -static_cast<int64_t>(block->bytes));
     bool keep;
     {
       std::lock_guard<std::mutex> lock(pool.mutex_);

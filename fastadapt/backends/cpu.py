@@ -53,6 +53,9 @@ def refusal(op: str, device_type: str, dtype: torch.dtype, facts: dict[str, Any]
         return None
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {dtype} (float32 and bfloat16 are served)"
+    for name in ("features", "hidden", "bottleneck", "outputs"):
+        if facts.get(name) == 0:
+            return f"{name} of 0"
     if facts.get("features", facts.get("hidden", 0)) > _MAX_FEATURES:
         return f"{facts.get('features', facts.get('hidden'))} features (up to {_MAX_FEATURES} are served)"
     if facts.get("rank", 0) > _MAX_RANK:

@@ -91,7 +91,7 @@ def linear(
     elif checks.differentiable(x, *biases):
         y = _Linear.apply(flat, *options, len(weights), *weights, *biases)
     else:
-        kernel = dispatch.pick("linear_forward", x.device.type, dtype, features=x.shape[-1])
+        kernel = dispatch.pick("linear_forward", x.device.type, dtype, **_facts(x, weights))
         y, _ = kernel(flat, weights, biases, *options, False)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -141,12 +141,16 @@ def lora_linear(
     return linear(x, weight, bias, loras=[LowRank(a, b, scale, dropout_p=dropout_p, seed=seed)])
 
 
+def _facts(x: Tensor, weights: list[Tensor]) -> dict[str, int]:
+    return {"features": x.shape[-1], "outputs": sum(w.shape[0] for w in weights)}
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, dropout_p, seed, count, *parameters):
         weights, biases = list(parameters[:count]), list(parameters[count:])
         # z is the backend's own, so backward must be of the backend that serves forward.
-        backend = dispatch.serving("linear_forward", x.device.type, x.dtype, features=x.shape[1])
+        backend = dispatch.serving("linear_forward", x.device.type, x.dtype, **_facts(x, weights))
         y, z = dispatch.kernel(backend, "linear_forward")(x, weights, biases, activation, dropout_p, seed, True)
         ctx.save_for_backward(z, seed, *weights)
         ctx.options = (activation, dropout_p, backend)

@@ -151,12 +151,13 @@ def lora(
         return lora_forward(flat, weights, biases, a, b, *how, False)[0]
     if checks.differentiable(flat, *biases, *a, *b):
         return _LoRA.apply(flat, how, len(weights), len(biases), *weights, *biases, *a, *b)
-    kernel = dispatch.pick("lora_forward", flat.device.type, flat.dtype, **_facts(flat, a, slots))
+    kernel = dispatch.pick("lora_forward", flat.device.type, flat.dtype, **_facts(flat, weights, a, slots))
     return kernel(flat, weights, biases, a, b, *how, False)[0]
 
 
-def _facts(x: Tensor, a: list[Tensor], slots: list[int]) -> dict[str, int]:
-    return {"features": x.shape[1], "rank": lora_offsets([m.shape[0] for m in a], slots)[1]}
+def _facts(x: Tensor, weights: list[Tensor], a: list[Tensor], slots: list[int]) -> dict[str, int]:
+    outputs = sum(w.shape[0] for w in weights)
+    return {"features": x.shape[1], "outputs": outputs, "rank": lora_offsets([m.shape[0] for m in a], slots)[1]}
 
 
 class _LoRA(torch.autograd.Function):
@@ -167,7 +168,7 @@ class _LoRA(torch.autograd.Function):
         a, b = list(rest[: len(rest) // 2]), list(rest[len(rest) // 2 :])
         scales, owners, slots, rows, lora_p, seeds, activation, dropout_p, seed = how
         # z and s are the backend's own, so backward must be of the backend that serves forward.
-        ctx.backend = dispatch.serving("lora_forward", x.device.type, x.dtype, **_facts(x, a, slots))
+        ctx.backend = dispatch.serving("lora_forward", x.device.type, x.dtype, **_facts(x, weights, a, slots))
         y, z, s = dispatch.kernel(ctx.backend, "lora_forward")(x, weights, biases, a, b, *how, True)
         ctx.need_lora = any(ctx.needs_input_grad[4 + weight_count + bias_count :])
         ctx.save_for_backward(

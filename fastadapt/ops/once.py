@@ -14,7 +14,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """As PyTorch's, but gradients made under ``create_graph=True`` raise whenever they are differentiated.
 
     PyTorch's gives back constants where the incoming gradient is one (that of a plain sum is), and so a gradient
-    penalty would silently have no gradient.
+    penalty would silently have no gradient. What refuses stands between the gradient and everything that it may depend
+    on: the incoming gradients and the leaves of the op's graph, because ``autograd.grad`` runs only what lies on a way
+    to the tensors that it is asked for.
     """
 
     @functools.wraps(backward)
@@ -23,24 +25,35 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return found
+        sources = [g for g in gradients if isinstance(g, Tensor) and g.requires_grad] + _leaves(ctx)
         if isinstance(found, Tensor):
-            return _guarded(found)
-        return tuple(_guarded(g) if isinstance(g, Tensor) else g for g in found)
+            return _Refuse.apply(found, *sources)
+        return tuple(_Refuse.apply(g, *sources) if isinstance(g, Tensor) else g for g in found)
 
     return once
 
 
-def _guarded(gradient: Tensor) -> Tensor:
-    return _Refuse.apply(gradient.detach().requires_grad_())
+def _leaves(node: Any) -> list[Tensor]:
+    """The leaves that an autograd node's graph ends in."""
+    found, seen, left = [], {node}, [node]
+    while left:
+        for below, _ in left.pop().next_functions:
+            if below is None or below in seen:
+                continue
+            seen.add(below)
+            left.append(below)
+            if hasattr(below, "variable"):
+                found.append(below.variable)
+    return found
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
+    def backward(ctx: Any, _: Tensor) -> Any:
         raise RuntimeError(
             "fastadapt's ops can be differentiated once, and a gradient of theirs was differentiated again; accepted "
             "is a model without them (fa.unload, fa.restore)"
