@@ -88,8 +88,8 @@ def headline(document: dict[str, Any], rows: Callable[[Records], str]) -> str:
     before = "amx_bf16" in e["cpu_extensions"] and e["date"] < PARTS_SINCE
     note = (
         " The fp32 rows, like the fp32 forwards, steps and ops below of a processor with AMX, are of code that no "
-        f"longer runs there by default: since {PARTS_SINCE} float32 is multiplied on AMX in three bfloat16 parts, which "
-        "is not measured yet (`FASTADAPT_CPU=avx512_bf16` still gives the code before)."
+        f"longer runs there by default: since {PARTS_SINCE} float32 is multiplied on AMX in three bfloat16 parts, "
+        "which is not measured yet (`FASTADAPT_CPU=avx512_bf16` still gives the code before)."
     )
     fp32 = any(r["dtype"] == "fp32" for r in document["records"])
     return f"{table}\n{where(document)}{note if before and fp32 else ''}\n"
@@ -99,6 +99,7 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     """The training table, with how its learning rates were found."""
     sys.path.insert(0, str(ROOT))  # this file is run as a script
     from benchmarks.training import figures
+    from benchmarks.training.data import DATASETS
     from benchmarks.training.variants import ADAPTER, VARIANTS
 
     how, rates = document["settings"], document["rates"]["how"]
@@ -108,6 +109,12 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
     trained = {cell["variant"] for cell in document["cells"]}
     without = [variant.label for name, variant in VARIANTS.items() if name not in trained]
     missing = f"Timed, not trained yet: {', '.join(without)}. " if without else ""
+    used = (
+        f"cola, sst2 and stsb are scored on their dev rows, trec on its test rows ({Path(DATASETS['trec'].dev).name}); "
+        "the same rows chose the best epoch, the size in the line below and, on "
+        f"{' and '.join(rates['tasks'])}, the learning rates, so no score is of rows held back. sst2 is trained on the "
+        f"first {DATASETS['sst2'].rows:,} of its 67,349 rows."
+    )
     text = (
         f"`{document['command']}`: batch {how['batch']}; the best of an evaluation an epoch. "
         f"Rates: of three or four a method the best on {' and '.join(rates['tasks'])} ({rows}, {rates['epochs']:g} "
@@ -122,7 +129,7 @@ def training(document: dict[str, Any], _: Callable[[Records], str]) -> str:
             f"Houlsby with the size chosen per task, less full fine-tuning, mean of the tasks: {mean:+.2f} points ± "
             f"{half:.2f} (95 %, paired over {len(found)} seeds).\n\n"
         )
-    return f"{figures.markdown(document)}\n{summary}{text}\n"
+    return f"{figures.markdown(document)}\n{used}\n\n{summary}{text}\n"
 
 
 BLOCKS: dict[str, tuple[str, Callable[..., str], Callable[[Records], str]]] = {
