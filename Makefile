@@ -7,7 +7,8 @@
 # make triton-compile the whole table of what the Triton kernels cost when compiled (an hour on 2 cores)
 # make lint, make clean
 #
-# PYTHON and TORCH may be set: make test PYTHON=python3.12 TORCH=2.12.0. PIP_FLAGS goes to every pip call.
+# PYTHON and TORCH may be set: make test PYTHON=python3.12 TORCH=2.12.0. PIP_FLAGS goes to every pip call. SEEDS are
+# bench-training's (0 1 2).
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -98,11 +99,12 @@ bench-full: .venv-bench/stamp-$(TORCH)
 	  --batch 8 32 --dtype fp32 bf16 --tasks 8 --same-text --budget 60 --json $(RESULTS)/shared.json
 	.venv-bench/bin/python benchmarks/must.py $(RESULTS)
 
-SEEDS ?= 0
+SEEDS ?= 0 1 2
 
-bench-training: .venv-bench/stamp-$(TORCH)
-	.venv-bench/bin/python -m benchmarks.training --data $(DATA) --find-rates
-	.venv-bench/bin/python -m benchmarks.training --data $(DATA) --seeds $(SEEDS)
+bench-training: $(if $(DATA),.venv-bench/stamp-$(TORCH))
+	$(if $(DATA),,$(error DATA: got none; accepted is DATA=DIR with the files that benchmarks/NOTES.md, "The data", names))
+	.venv-bench/bin/python -m benchmarks.training --data "$(DATA)" --find-rates
+	.venv-bench/bin/python -m benchmarks.training --data "$(DATA)" --seeds $(SEEDS)
 
 # -- tests ----------------------------------------------------------------------------------------------------------
 

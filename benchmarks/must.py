@@ -1,7 +1,7 @@
 """Prints every figure that the project has to reach, beside what was measured: python benchmarks/must.py [FOLDER].
 
-Reads what `make bench-full` wrote into FOLDER (benchmarks/results). Ratios are medians over paired rounds of one run.
-Exit code 1 where a figure is missed or missing.
+Reads what `make bench-full` wrote into FOLDER (benchmarks/results); prints each file's machine, commit and date first.
+Ratios are medians over paired rounds of one run. Exit code 1 where a figure is missed or missing.
 """
 
 from __future__ import annotations
@@ -246,19 +246,47 @@ TABLES: tuple[tuple[Callable[..., list[Figure]], tuple[str, ...]], ...] = (
 )
 
 
-def read(path: Path) -> Records:
-    """The records of ``path``; none, and a line that says why, where it can't be read."""
+def read(path: Path) -> dict[str, Any] | None:
+    """The document in ``path``; None, and a line that says why, where it can't be read."""
     try:
-        return read_json(path)["records"]
+        return read_json(path)
     except UserError as error:
         print(f"must.py: {error}", file=sys.stderr)
-        return []
+        return None
+
+
+def machine(document: dict[str, Any]) -> str:
+    """Where a file was measured."""
+    e = document["environment"]
+    return f"{e['device']} ({', '.join(e['cpu_extensions'])}), {e['threads']} threads"
+
+
+def origins(documents: dict[str, dict[str, Any] | None]) -> str:
+    """A line a file: machine, commit and date; and one that says so where the machines differ."""
+    lines = []
+    for name, document in documents.items():
+        e = {"commit": "-", "date": "-"} if document is None else document["environment"]
+        where = "cannot be read" if document is None else machine(document)
+        lines.append([f"{name}.json", where, str(e["commit"]), e["date"][:10]])
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    machines = {machine(document) for document in documents.values() if document is not None}
+    return text + (f"\nfigures of {len(machines)} machines stand side by side below" if len(machines) > 1 else "")
+
+
+def summary(found: list[Figure]) -> str:
+    """How many of the figures that must be reached are reached, missed and missing."""
+    required = [figure for figure in found if figure.must is not None]
+    missing = sum(figure.measured is None for figure in required)
+    missed = sum(figure.failed for figure in required) - missing
+    reached = len(required) - missed - missing
+    return f"of {len(required)} figures that must be reached {reached} are reached, {missed} missed, {missing} missing"
 
 
 def main(folder: Path) -> int:
-    found = [
-        figure for figures, names in TABLES for figure in figures(*(read(folder / f"{name}.json") for name in names))
-    ]
+    documents = {name: read(folder / f"{name}.json") for _, names in TABLES for name in names}
+    records: dict[str, Records] = {name: [] if d is None else d["records"] for name, d in documents.items()}
+    found = [figure for figures, names in TABLES for figure in figures(*(records[name] for name in names))]
     lines = [
         [
             figure.text,
@@ -269,11 +297,10 @@ def main(folder: Path) -> int:
         ]
         for figure in found
     ]
+    print(f"{origins(documents)}\n")
     print(table(("figure", "must", "goal", "measured", ""), lines))
-    required = [figure for figure in found if figure.must is not None]
-    missed = sum(figure.failed for figure in required)
-    print(f"{len(required) - missed} of {len(required)} figures that must be reached are reached")
-    return 1 if missed else 0
+    print(summary(found))
+    return 1 if any(figure.failed for figure in found) else 0
 
 
 if __name__ == "__main__":

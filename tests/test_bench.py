@@ -567,6 +567,38 @@ def test_a_wrong_row_reaches_no_figure():
     assert must.ratio(rows, "fastadapt", "stock", dtype="fp32", batch=1) is None
 
 
+def test_must_names_the_machines_and_tells_missing_from_missed(tmp_path, monkeypatch, capsys):
+    must = bench_module("must")
+    Figure = must.Figure
+    found = [
+        Figure("a", 1.0, 0.5, 0.4),
+        Figure("b", 1.0, 0.5, 2.0),
+        Figure("c", 1.0, 0.5, None),
+        Figure("d", None, 1, 2),
+    ]
+    assert must.summary(found) == "of 3 figures that must be reached 1 are reached, 1 missed, 1 missing"
+    for name, device in (("op", "one"), ("merge", "another")):
+        environment = {
+            "device": device,
+            "cpu_extensions": ["avx2"],
+            "threads": 2,
+            "commit": "abc",
+            "date": "2026-11-28T",
+        }
+        content = {"environment": environment, "records": [dict.fromkeys(report.FIELDS)]}
+        report.write_json(tmp_path / f"{name}.json", content)
+    names = ("op", "latency", "merge")
+    monkeypatch.setattr(must, "TABLES", ((lambda *documents: found[:1], names),))
+    assert must.main(tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == [f"{name}.json" for name in names]
+    assert "one (avx2), 2 threads" in lines[0] and lines[0].endswith("abc  2026-11-28")
+    assert "cannot be read" in lines[1] and "2 machines" in lines[3]
+    monkeypatch.setattr(must, "TABLES", ((lambda *documents: found[2:], ("op",)),))
+    assert must.main(tmp_path) == 1
+    assert "machines" not in capsys.readouterr().out
+
+
 def test_the_readme_shows_the_results_that_are_committed():
     readme = bench_module("readme")
     text = (readme.ROOT / "README.md").read_text()
@@ -589,6 +621,13 @@ def test_a_readme_block_is_what_the_command_printed(tmp_path, monkeypatch):
     assert "| fp32 B=2 | 20.0 ms | 22.0 ms (+10 %) | 15.0 ms (-25 %) |" in text
     assert "$ fastadapt bench latency" in text and "15.00" in text
     assert readme.filled(text) == text
+    for date, extensions, old in (
+        ("2026-11-29T10:00:00+00:00", ["avx2", "amx_bf16"], True),
+        ("2026-11-30T10:00:00+00:00", ["avx2", "amx_bf16"], False),
+        ("2026-11-29T10:00:00+00:00", ["avx2"], False),
+    ):
+        document["environment"] |= {"date": date, "cpu_extensions": extensions}
+        assert ("no longer runs there" in readme.headline(document, readme.latency.rows)) == old
 
 
 def test_what_a_layer_keeps_is_asked_of_one_that_has_an_adapter():

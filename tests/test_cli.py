@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from fastadapt import __version__
 from fastadapt.bench import latency, report
 from fastadapt.cli import main
+from fastadapt.info import PROVEN
 
 
 def refused(capsys, *argv: str) -> str:
@@ -30,6 +32,19 @@ def test_info_names_versions_and_every_backend(capsys):
     assert __version__ in text and torch.__version__.split("+")[0] in text
     for name in ("reference", "cpu", "triton", "cuda"):
         assert f"backend {name}" in text
+    assert "float32 on AMX, in three bfloat16 parts: emulated tiles only" in text
+
+
+def test_what_info_says_of_a_gpu_stands_in_the_notes():
+    notes = (Path(__file__).parents[1] / "benchmarks" / "NOTES.md").read_text().split("## GPUs")[1]
+    assert "one H100 80GB HBM3" in notes and "2026-11-28" in notes
+    for name, tests in (
+        ("reference", "267 of the"),
+        ("triton", "426 of the Triton"),
+        ("cuda", "404 tests of the CUDA"),
+    ):
+        assert tests in notes and "H100, 2026-11-28" in PROVEN[name]
+        assert f"of {tests.split()[0]} tests failed" in PROVEN[name]
 
 
 def test_explain_lists_the_sublayers(capsys):

@@ -114,6 +114,30 @@ def test_a_regression_of_two_texts(room, tmp_path):
     assert len(rows) == 48 and all(isinstance(row["label"], float) for row in rows)
 
 
+def test_predict_reads_files_as_training_did_unless_told(room, tmp_path, capsys):
+    """Latin-1 and CSV, in files whose suffix says nothing."""
+    for name in ("mood", "mood-dev"):
+        text = (room / f"{name}.tsv").read_text().replace("film", "café").replace("\t", ",")
+        (tmp_path / f"{name}.txt").write_bytes(text.encode("latin-1"))
+    output, new = tmp_path / "mood", str(tmp_path / "mood-dev.txt")
+    how = ["--encoding", "latin-1", "--format", "csv"]
+    files = ["--train", str(tmp_path / "mood.txt"), "--dev", new]
+    assert run(room, *files, *how, "--method", "head", "--output", str(output)) == 0
+    task = json.loads((output / "task.json").read_text())["task"]
+    assert (task["encoding"], task["format"]) == ("latin-1", "csv")
+    argv = ["--adapters", str(output), "--input"]
+    rows = predicted(room, output, *argv, new)
+    assert len(rows) == 48 and rows == predicted(room, output, *argv, new, *how)
+
+    other = tmp_path / "other.csv"  # what is said wins over training's, the suffix does not
+    other.write_text(Path(new).read_text(encoding="latin-1").replace(",", "\t"))
+    assert predicted(room, output, *argv, str(other), "--encoding", "utf-8", "--format", "tsv") == rows
+    assert main(["predict", *argv, str(other), "--encoding", "utf-8"]) == 2
+    assert "no column 'sentence'" in capsys.readouterr().err
+    assert main(["predict", *argv, new, "--encoding", "utf-8"]) == 2
+    assert "is not utf-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["pfeiffer", "masked"])
 def test_tasks_of_unequal_heads_train_jointly_and_predict_together(room, tmp_path, capsys, method):
     output = tmp_path / "joint"

@@ -17,7 +17,8 @@ class Dataset:
     """One task.
 
     Attributes:
-        train, dev: files below ``--data``.
+        train, dev: files below ``--data``. Rows of ``dev`` choose the best epoch and, of CoLA and TREC, the learning
+            rates, and give the table's score.
         fields: a line of them -> its label and texts.
         header: whether their first line is one.
         metric: the score that decides.
@@ -49,7 +50,7 @@ def _coarse(line: str) -> list[str]:
 
 DATASETS: dict[str, Dataset] = {
     "cola": Dataset("CoLA/train.tsv", "CoLA/dev.tsv", _columns(1, 3), False, "matthews"),
-    "sst2": Dataset("SST-2/train.tsv", "SST-2/dev.tsv", _columns(1, 0), True, "accuracy", rows=10_000),
+    "sst2": Dataset("SST-2/train.tsv", "SST-2/dev.tsv", _columns(1, 0), True, "accuracy", rows=10_000),  # of 67,349
     "stsb": Dataset("STS-B/train.tsv", "STS-B/dev.tsv", _columns(9, 7, 8), True, "spearman"),
     "trec": Dataset("TREC/TREC.train", "TREC/TREC.test", _coarse, False, "accuracy", encoding="latin-1"),
 }

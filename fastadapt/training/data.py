@@ -26,7 +26,7 @@ class Source:
         path: of the file.
         text, text2, label: columns: names, or numbers counted from 1 in a file without a header. A ``text`` or
             ``label`` of None is found by its usual name; a ``text2`` of None is none.
-        encoding: of the characters; any that has ASCII in it.
+        encoding: of the characters; any that has ASCII in it. Of rows to predict, None is the training file's.
         format: one of :data:`FORMATS`; None is told by the file's suffix, and TSV where that says nothing.
         task: another column, which names the task that a row is for; None is none.
     """
@@ -35,7 +35,7 @@ class Source:
     text: str | None = None
     text2: str | None = None
     label: str | None = None
-    encoding: str = "utf-8"
+    encoding: str | None = "utf-8"
     format: str | None = None
     task: str | None = None
 

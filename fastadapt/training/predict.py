@@ -107,13 +107,15 @@ def _asked(rows: Sequence[Row], source: Source, tasks: Sequence[Task]) -> list[t
 
 
 def _read(source: Source, task: Task) -> tuple[list[Row], Source]:
-    """The rows; columns that were not named are those of the training file."""
+    """The rows; columns, encoding and format that were not named are those of the training file."""
     named = source.text is not None
     filled = replace(
         source,
         text=source.text or task.text,
         text2=source.text2 if named else source.text2 or task.text2,
         label=None,
+        encoding=source.encoding or task.encoding,
+        format=source.format or task.format,
     )
     if (filled.text2 is None) != (task.text2 is None):
         needs = "one text, --text" if task.text2 is None else "two texts, --text and --text2"

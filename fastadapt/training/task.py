@@ -27,7 +27,7 @@ class Task:
         labels: of the classes, in the order of the head's outputs; none of a regression.
         metric: which score decides about the best weights; higher is better for all.
         text, text2, label: columns, as in :class:`~fastadapt.training.data.Source`.
-        encoding, format: of the training file.
+        encoding, format: of the training file, as there; they and the columns are what ``predict`` takes unless told.
         max_length: tokens at which texts are cut; None where longer ones are refused.
     """
 
