@@ -303,8 +303,8 @@ def rows(records: Sequence[report.Record]) -> str:
         ]
 
     def merge(r: report.Record) -> list[str]:
-        kept = "-" if r["step"] != "merge" else f"{r['kept_bytes_per_weight']:.2f}"
-        return [*report.times(r, 2), f"{r['ratio_to_bare']:.2f}", kept]
+        kept = r["kept_bytes_per_weight"] if r["step"] == "merge" else None
+        return [*report.times(r, 2), f"{r['ratio_to_bare']:.2f}", "-" if kept is None else f"{kept:.2f}"]
 
     def drift(r: report.Record) -> list[str]:
         return [
