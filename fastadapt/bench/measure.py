@@ -185,12 +185,15 @@ def _allocated(call: Callable[[], Any], device: str) -> tuple[int, int]:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """The most bytes PyTorch's allocator held during ``call`` beyond what it held before."""
+    """The most bytes that tensors held during ``call`` beyond what they held before.
+
+    On a CPU without the work memory of PyTorch's and fastadapt's kernels, which no allocator reports.
+    """
     return _allocated(call, device)[1]
 
 
 def kept_bytes(call: Callable[[], Any], device: str) -> int:
-    """The bytes that PyTorch's allocator holds after ``call``, its result dropped, beyond what it held before."""
+    """The bytes that tensors hold after ``call``, its result dropped, beyond what they held before."""
     return _allocated(call, device)[0]
 
 
