@@ -64,6 +64,12 @@ def test_help(capsys, command):
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_the_help_of_tasks_says_that_a_row_has_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "latency", "--help"])
+    assert "mixed in each batch (one a row, so no more than rows)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [

@@ -129,7 +129,8 @@ def _latency_parser(jobs: Any) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="that many tasks mixed in each batch, against one task for all; several are cells",
+        help="that many tasks mixed in each batch (one a row, so no more than rows), against one for all; several are "
+        "cells",
     )
     parser.add_argument(
         "--same-text",
