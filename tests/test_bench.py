@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastadapt.bench.methods.base import encoder_layers
 from fastadapt.bench.peers import PEERS, chosen, expanded
 from fastadapt.bench.peers.fused import NAME, OTHER, switching, with_another
 from fastadapt.bench.setup import Setup
+from tests.tasks import make_base
 
 needs_adapterhub = pytest.mark.skipif(importlib.util.find_spec("adapters") is None, reason="AdapterHub not installed")
 CASE = Case(batch=2, seq=8, layers=1)
@@ -588,6 +590,27 @@ def test_what_a_layer_keeps_is_asked_of_one_that_has_an_adapter():
     kept = train.saved_bytes_per_layer(dropped, of_ours)
     assert kept == train.saved_bytes_per_layer(dataclasses.replace(CASE, method="houlsby"), of_ours)
     assert train.able(dropped, of_ours, report.Progress()) == of_ours
+
+
+def test_what_a_layer_keeps_is_the_same_of_a_model_with_too_few_layers(tmp_path):
+    folder = make_base(tmp_path, taught=False)  # of two layers
+    case = dataclasses.replace(CASE, model=str(folder), bottleneck=4, layers=2)
+    of_ours = [PEERS["fastadapt"]]
+    config = json.loads((folder / "config.json").read_text())
+    kept = train.saved_bytes_per_layer(case, of_ours)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 12}))
+    assert kept == train.saved_bytes_per_layer(case, of_ours) and kept["fastadapt"] > 0
+    dropped = dataclasses.replace(case, method="adapterdrop", layers=None, drop=10)
+    assert train.able(dropped, of_ours, report.Progress()) == of_ours
+    assert train.saved_bytes_per_layer(dropped, of_ours) == kept
+    with pytest.raises(UserError, match="--layers: got 13; .* has 12"):
+        Setup(dataclasses.replace(case, layers=13))
+
+
+def test_dropping_all_layers_is_refused_by_its_own_name(tmp_path):
+    case = dataclasses.replace(CASE, model=str(make_base(tmp_path, taught=False)), method="adapterdrop", layers=None)
+    with pytest.raises(UserError, match="--drop: got 5; accepted are 0 to 1"):
+        train.run_case(case, [], budget=0, progress=report.Progress())
 
 
 def test_a_fusion_is_switched_to_another_of_the_same_adapters():

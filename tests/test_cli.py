@@ -10,6 +10,7 @@ import torch
 from fastadapt import __version__
 from fastadapt.bench import latency, report
 from fastadapt.cli import main
+from tests.tasks import make_base
 
 
 def refused(capsys, *argv: str) -> str:
@@ -188,6 +189,29 @@ def test_ranks_are_cells_and_merged_forms_join(tmp_path, capsys, small):
     assert [(r["rank_or_bottleneck"], r["system"]) for r in records] == [(n, s) for n in (2, 4) for s in systems]
     assert all(r["targets"] == ["key", "output"] and r["correct"] for r in records)
     assert "÷ merged" in capsys.readouterr().out
+
+
+QUICK = ("--batch", "1", "--seq", "8", "--dtype", "fp32", "--budget", "0", "--threads", "1")
+
+
+@pytest.mark.parametrize(
+    ("command", "layers"),
+    [
+        (("train", "--method", "lora", "--rank", "2", "--peers"), {2}),
+        (("train", "--method", "adapterdrop", "--drop", "1", "--bottleneck", "4", "--peers"), {2}),
+        (("methods", "--methods", "adapterdrop"), {2}),
+        (("merge", "--rank", "2", "--cycles", "1", "--peers"), {2, 1}),  # the drift is of one layer
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_a_folder_of_two_layers_is_measured_as_it_is(tmp_path, command, layers, small):
+    folder, path = make_base(tmp_path / "tiny", taught=False), tmp_path / "out.json"
+    assert main(["bench", *command, *QUICK, "--model", str(folder), "--json", str(path)]) == 0
+    records = json.loads(path.read_text())["records"]
+    assert {r["layers"] or 2 for r in records} == layers
+    assert all(r["correct"] is not False for r in records)
+    kept = [r["saved_bytes_per_layer"] for r in records if "saved_bytes_per_layer" in r]
+    assert (command[0] == "merge") == (not kept) and all(kept)
 
 
 def test_methods_end_to_end(tmp_path, capsys, small):

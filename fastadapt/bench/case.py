@@ -39,6 +39,7 @@ class Case:
         dtype: ``fp32`` or ``bf16``; in inference the model's dtype, in training autocast's.
         device: ``cpu`` or ``cuda``.
         layers: keep the first so many layers; ``None`` keeps all.
+        pretrained: False gives a folder's or an id's model random weights, and as many layers as ``layers`` says.
         dropout: of hidden states and attention, in training.
         seed: of weights, tokens and labels.
     """
@@ -57,6 +58,7 @@ class Case:
     dtype: str = "fp32"
     device: str = "cpu"
     layers: int | None = None
+    pretrained: bool = True
     dropout: float = 0.1
     seed: int = 0
 
@@ -101,17 +103,19 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         shape = dict(RANDOM_MODELS[case.model])
         shape["num_hidden_layers"] = case.layers or shape["num_hidden_layers"]
         config = BertConfig(**shape, **rates, **labels, max_position_embeddings=max(512, case.seq))
-        model = auto.from_config(config, attn_implementation="sdpa")
     else:
         config = _from_pretrained(AutoConfig, case, **rates, **labels)
         available = getattr(config, "num_hidden_layers", 0)
-        if case.layers is not None and case.layers > available:
+        if case.pretrained and case.layers is not None and case.layers > available:
             raise UserError(f"--layers: got {case.layers}; {case.model} has {available}")
         config.num_hidden_layers = case.layers or available
         longest = getattr(config, "max_position_embeddings", case.seq)
         if case.seq > longest:
             raise UserError(f"--seq: got {case.seq}; {case.model} accepts at most {longest}")
+    if case.pretrained and not _random(case):
         model = _from_pretrained(auto, case, config=config, attn_implementation="sdpa", dtype=torch.float32)
+    else:
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     try:
         wiring_of(model)
     except (TypeError, ValueError) as error:

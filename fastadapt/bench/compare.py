@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastadapt.bench import latency, measure, report, train
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case, UserError, available_layers
 from fastadapt.bench.merge import Job
 from fastadapt.bench.methods import method
 from fastadapt.bench.peers import PEERS, fused
@@ -25,8 +25,8 @@ who they are: AH AdapterHub, HF plain PyTorch (no library has the method)"""
 def jobs(names: Sequence[str], case: Case, batches: Sequence[int], dtypes: Sequence[str], budget: float) -> list[Job]:
     """For every method: what it holds, and inference, training and switching in every dtype and batch."""
     found = []
-    if case.layers is not None:  # AdapterDrop's share of a model of fewer layers: 5 of 12
-        case = dataclasses.replace(case, drop=min(case.drop, case.layers * 5 // 12))
+    layers = available_layers(case) if case.layers is None else case.layers
+    case = dataclasses.replace(case, drop=min(case.drop, layers * 5 // 12))  # AdapterDrop's share: 5 of 12
     for name in names:
         for dtype in dtypes:
             for batch in batches:

@@ -49,12 +49,13 @@ def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdi
 def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
     """Bytes kept for backward by a layer above the lowest: what a model of three layers keeps beyond one of two.
 
-    Both with as many layers more as the method leaves alone.
+    Both with as many layers more as the method leaves alone, and with random weights: bytes are those of any values,
+    and a pretrained model may have fewer layers.
     """
     kept: dict[str, list[int]] = {peer.name: [] for peer in peers}
     idle = method(case.method).idle_layers(case)
     for layers in (idle + 2, idle + 3):
-        setup = Setup(dataclasses.replace(case, layers=layers), classifier=True)
+        setup = Setup(dataclasses.replace(case, layers=layers, pretrained=False), classifier=True)
         for peer in peers:
             system: Training = peer.setup("training", setup)
             kept[peer.name].append(measure.saved_bytes(system.model, system.loss))
@@ -65,7 +66,8 @@ def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
 
 def able(case: Case, peers: Sequence[Peer], progress: report.Progress) -> list[Peer]:
     """Those of ``peers`` that can serve the case at all; the others are named, with the reason."""
-    setup = Setup(dataclasses.replace(case, layers=1 + method(case.method).idle_layers(case)), classifier=True)
+    layers = 1 + method(case.method).idle_layers(case)
+    setup = Setup(dataclasses.replace(case, layers=layers, pretrained=False), classifier=True)
     found = []
     for peer in peers:
         try:

@@ -25,6 +25,8 @@ from fastadapt.errors import UserError
 if TYPE_CHECKING:
     from fastadapt.bench.report import Record
 
+MERGE_LAYERS = 4  # of the forwards of `bench merge`
+
 
 def add_parsers(commands: Any) -> None:
     """``bench`` and ``plot``."""
@@ -62,16 +64,14 @@ def _shared_options(parser: argparse.ArgumentParser, *, batch: Sequence[int], bu
     parser.add_argument("--plot", metavar="FILE", help="draw the result: png, svg or pdf")
 
 
-def _model_options(parser: argparse.ArgumentParser, *, layers: int | None = None) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, layers: str = "all") -> None:
     parser.add_argument(
         "--model",
         default="bert-base",
         metavar="MODEL",
         help="bert-base or bert-large (random weights), an id, or a folder with weights and a tokenizer (bert-base)",
     )
-    parser.add_argument(
-        "--layers", type=positive, default=layers, metavar="N", help=f"keep the first N layers ({layers or 'all'})"
-    )
+    parser.add_argument("--layers", type=positive, metavar="N", help=f"keep the first N layers ({layers})")
 
 
 def _method_options(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +176,7 @@ def _merge_parser(jobs: Any) -> None:
   fastadapt bench merge --rank 1 8 64 128 --targets query,value all --batch 8
   fastadapt bench merge --dtype bf16 --batch 32 --json merge.json --plot merge.png""",
     )
-    _model_options(parser, layers=4)
+    _model_options(parser, layers=f"{MERGE_LAYERS}, or all of fewer")
     parser.add_argument("--rank", type=positive, nargs="+", default=[8, 64], metavar="R", help="(8 64)")
     parser.add_argument(
         "--targets",
@@ -283,12 +283,14 @@ def _train(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from fastadapt.bench import merge
+    from fastadapt.bench.case import available_layers
     from fastadapt.bench.peers import chosen
 
     peers, notes = chosen("merging", args.peers, merge.DEFAULT_PEERS)
-    fields = {name: getattr(args, name) for name in ("model", "layers", "seq", "device", "seed")}
+    fields = {name: getattr(args, name) for name in ("model", "seq", "device", "seed")}
+    layers = args.layers or min(MERGE_LAYERS, available_layers(Case(model=args.model)))
     cases = [
-        Case(**fields, method="lora", rank=rank, targets=targets, batch=batch, dtype=dtype)
+        Case(**fields, layers=layers, method="lora", rank=rank, targets=targets, batch=batch, dtype=dtype)
         for dtype in args.dtype
         for targets in args.targets
         for rank in args.rank
