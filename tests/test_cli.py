@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,7 +93,8 @@ def test_the_help_of_tasks_says_that_a_row_has_one(capsys):
         (["bench", "op", "--json", "/dev/null/x.json"], ["--json", "/dev/null"]),
         (["bench", "latency", "--layers", "1", "--peers", "--seq", "513", "--model", "tests"], ["--model", "tests"]),
         (["plot", "/nowhere.json"], ["/nowhere.json", "cannot be read"]),
-        (["explain", "/nowhere"], ["--model", "/nowhere"]),
+        (["explain", "/nowhere"], ["error: MODEL: '/nowhere'"]),
+        (["explain", "."], ["error: MODEL: cannot load '.'"]),
         (["teach"], ["invalid choice", "teach"]),
     ],
 )
@@ -98,6 +102,21 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, parts):
     line = refused(capsys, *argv)
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [(["explain", "no/such-model"], "MODEL"), (["bench", "latency", "--model", "no/such-model"], "--model")],
+    ids=["explain", "bench"],
+)
+def test_a_hub_that_is_not_there_is_one_line(argv, name):
+    # In a process of its own: the hub's address is read, and the stream of its log chosen, when it is imported.
+    code = f"import sys, time; time.sleep = lambda s: None; from fastadapt.cli import main; sys.exit(main({argv!r}))"
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **nowhere})
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"fastadapt: error: {name}: cannot load 'no/such-model'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

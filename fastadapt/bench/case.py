@@ -75,23 +75,24 @@ def _random(case: Case) -> bool:
     return case.model in RANDOM_MODELS
 
 
-def _from_pretrained(auto: Any, case: Case, **options: Any) -> Any:
+def _from_pretrained(auto: Any, case: Case, *, argument: str = "--model", **options: Any) -> Any:
     """``auto.from_pretrained`` with every way it fails told in one line."""
     path = Path(case.model).expanduser()
     if not path.is_dir() and (path.exists() or case.model.startswith((".", "/", "~"))):
-        raise UserError(f"--model: {case.model!r} is not a folder with a model in it")
+        raise UserError(f"{argument}: {case.model!r} is not a folder with a model in it")
     try:
         return auto.from_pretrained(str(path) if path.is_dir() else case.model, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         accepted = f"{', '.join(RANDOM_MODELS)}, a folder or a hub id"
-        raise UserError(f"--model: cannot load {case.model!r} ({first}); accepted are {accepted}") from error
+        raise UserError(f"{argument}: cannot load {case.model!r} ({first}); accepted are {accepted}") from error
 
 
-def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Module:
+def load_model(case: Case, *, classifier: bool, dropout: float = 0.0, argument: str = "--model") -> nn.Module:
     """A plain Hugging Face encoder in float32 on the CPU, in evaluation mode, with SDPA attention.
 
-    The same case gives the same weights. ``classifier`` puts a head of two labels on it, for training.
+    The same case gives the same weights. ``classifier`` puts a head of two labels on it, for training; ``argument`` is
+    what the command line calls the model.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 
@@ -104,7 +105,7 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         shape["num_hidden_layers"] = case.layers or shape["num_hidden_layers"]
         config = BertConfig(**shape, **rates, **labels, max_position_embeddings=max(512, case.seq))
     else:
-        config = _from_pretrained(AutoConfig, case, **rates, **labels)
+        config = _from_pretrained(AutoConfig, case, argument=argument, **rates, **labels)
         available = getattr(config, "num_hidden_layers", 0)
         if case.pretrained and case.layers is not None and case.layers > available:
             raise UserError(f"--layers: got {case.layers}; {case.model} has {available}")
@@ -113,13 +114,14 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         if case.seq > longest:
             raise UserError(f"--seq: got {case.seq}; {case.model} accepts at most {longest}")
     if case.pretrained and not _random(case):
-        model = _from_pretrained(auto, case, config=config, attn_implementation="sdpa", dtype=torch.float32)
+        options = {"config": config, "attn_implementation": "sdpa", "dtype": torch.float32}
+        model = _from_pretrained(auto, case, argument=argument, **options)
     else:
         model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     try:
         wiring_of(model)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model: {error}") from error
+        raise UserError(f"{argument}: {str(error).removeprefix('model: ')}") from error
     return model.eval()
 
 
