@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.bench.text import SENTENCES
+from fastadapt.config.lora import TARGETS
 from fastadapt.errors import UserError
 from fastadapt.models import wiring_of
 
@@ -20,7 +21,6 @@ RANDOM_MODELS: dict[str, dict[str, int]] = {
     "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 LABELS = 2
-TARGETS = ("query", "key", "value", "attention_output", "intermediate", "output")  # where a LoRA can be
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
         model: ``bert-base`` or ``bert-large`` (random weights), a folder, or an id of the model hub.
         method: one of :data:`fastadapt.bench.methods.METHODS`.
         bottleneck: width b of the adapter.
-        rank, targets, lora_dropout: of a LoRA; the targets are some of :data:`TARGETS`.
+        rank, targets, lora_dropout: of a LoRA; the targets are some of :data:`fastadapt.config.lora.TARGETS`.
         length: of a prefix.
         adapters: how many a fusion mixes.
         drop: layers without an adapter, from the input, of AdapterDrop.

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from fastadapt.bench import measure, report, verify
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.methods import method
 from fastadapt.bench.peers import Peer, Training, expanded
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, megabytes
+from fastadapt.errors import UserError
 
 ALWAYS = ("full", "fastadapt")
 BASE = "full"
@@ -64,7 +66,7 @@ def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
     return {name: three - two for name, (two, three) in kept.items()}
 
 
-def able(case: Case, peers: Sequence[Peer], progress: report.Progress) -> list[Peer]:
+def able(case: Case, peers: Sequence[Peer], progress: Progress) -> list[Peer]:
     """Those of ``peers`` that can serve the case at all; the others are named, with the reason."""
     layers = 1 + method(case.method).idle_layers(case)
     setup = Setup(dataclasses.replace(case, layers=layers, pretrained=False), classifier=True)
@@ -84,7 +86,7 @@ def run_case(
     peers: Sequence[str],
     *,
     budget: float,
-    progress: report.Progress,
+    progress: Progress,
     bench: str = "train",
     **more: Any,
 ) -> list[report.Record]:
@@ -134,7 +136,7 @@ def rows(records: Sequence[report.Record]) -> str:
     """The table."""
 
     def figures(r: report.Record) -> list[str]:
-        memory = [report.megabytes(r["peak_bytes"]), report.megabytes(r["saved_bytes_per_layer"])]
+        memory = [megabytes(r["peak_bytes"]), megabytes(r["saved_bytes_per_layer"])]
         return [*report.times(r, 1), f"{r['ratio_to_bare']:.3f}", *memory]
 
     headers = ("system", "p20 ms", "p50 ms", "p80 ms", "÷ full", "peak MB", "kept MB/layer")

@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastadapt.bench.case import DTYPES, TARGETS, Case
+from fastadapt.bench.case import DTYPES, Case
 from fastadapt.bench.methods import METHODS
 from fastadapt.cli import bench, train, tune
 from fastadapt.cli.arguments import Parser, check_device, positive, targets_of
+from fastadapt.config.lora import TARGETS
 from fastadapt.errors import UserError
 
 

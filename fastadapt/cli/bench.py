@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadapt.bench.case import DTYPES, TARGETS, Case
+from fastadapt.bench.case import DTYPES, Case
 from fastadapt.bench.methods import METHODS
 from fastadapt.cli.arguments import (
     Parser,
@@ -20,6 +20,9 @@ from fastadapt.cli.arguments import (
     seconds,
     targets_of,
 )
+from fastadapt.config.lora import TARGETS
+from fastadapt.console import Progress
+from fastadapt.environment import environment
 from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -344,14 +347,14 @@ def _bench(
         torch.set_num_threads(args.threads)
     else:
         use_all_cores()
-    progress = report.Progress()
+    progress = Progress()
     for note in notes:
         progress.step(note)
     records = finish([row for job in jobs for row in job(progress=progress)])
     print(rows(records))
-    environment = report.environment(args.device)
-    document = {"environment": environment, "command": args.command_line, "records": records}
-    print(f"{environment['device']}, {environment['threads']} threads, torch {environment['versions']['torch']}")
+    here = environment(args.device)
+    document = {"environment": here, "command": args.command_line, "records": records}
+    print(f"{here['device']}, {here['threads']} threads, torch {here['versions']['torch']}")
     if args.json:
         print(f"records  {report.write_json(args.json, document)}")
     if args.plot:
