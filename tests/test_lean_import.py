@@ -54,5 +54,10 @@ def test_only_the_command_line_knows_the_benchmarks():
     assert importers("fastadapt.bench") == {"bench", "cli"}
 
 
+def test_modules_and_what_lies_below_know_no_model_library():
+    for what in ("fastadapt.models", "transformers"):
+        assert not importers(what) & {"modules", "ops", "backends", "dispatch.py", "config"}
+
+
 def test_import_does_not_load_the_benchmarks():
     assert not [name for name in probe()["loaded"] if name.startswith(("fastadapt.bench", "fastadapt.cli"))]
