@@ -61,7 +61,7 @@ endef
 # -- the main job ---------------------------------------------------------------------------------------------------
 
 # The quick part has bfloat16 where the processor multiplies it: elsewhere a call of the peers takes seconds.
-HAS = .venv-bench/bin/python -c "from fastadapt.bench.report import cpu_extensions as has; \
+HAS = .venv-bench/bin/python -c "from fastadapt.environment import cpu_extensions as has; \
   print('$(1)' if any('bf16' in name for name in has()) else '$(2)')"
 
 bench: .venv-bench/stamp-$(TORCH)

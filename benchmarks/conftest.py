@@ -39,7 +39,7 @@ def layers(request):
 
 def prepare(peer, job, setup):
     """The system to time; skips where its package is missing or it cannot serve the case."""
-    from fastadapt.bench.case import UserError
+    from fastadapt.errors import UserError
 
     if peer.missing():
         pytest.skip(peer.missing())

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.measure import paired_ratio
 from fastadapt.bench.peers import fused
-from fastadapt.bench.report import read_json, table
+from fastadapt.bench.report import read_json
 from fastadapt.bench.setup import Setup
+from fastadapt.console import table
+from fastadapt.errors import UserError
 
 Records = list[dict[str, Any]]
 

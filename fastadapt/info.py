@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from fastadapt import dispatch, proven
-from fastadapt.bench import report
+from fastadapt.environment import cpu_extensions, cpu_model, versions
 
 # Where each backend has been run, by the tests and suites of this repository; not what it is hoped to do. The H100's
 # tests stand in benchmarks/NOTES.md, "GPUs": of some 1,350 those that ended in the time there was.
@@ -57,10 +57,10 @@ def tuned_launches() -> str:
 def text() -> str:
     """The whole of it, as aligned lines."""
     lines: list[tuple[str, str]] = []
-    for name, version in report.versions().items():
+    for name, version in versions().items():
         lines.append((name, version or "not installed"))
     lines.append(("C++ kernels", build_report()))
-    lines.append(("CPU", f"{report.cpu_model()}, {os.cpu_count()} cores, {', '.join(report.cpu_extensions())}"))
+    lines.append(("CPU", f"{cpu_model()}, {os.cpu_count()} cores, {', '.join(cpu_extensions())}"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -30,7 +30,8 @@ def merge(model: Model, name: str | Sequence[str] | None = None, exact: bool = T
     parameter objects, with the adaptation's head and, where it owns some, its biases. Nothing trains meanwhile. A, B
     and the scale are kept as they are now; what happens to them later does not matter. ``state_dict``,
     ``save_pretrained`` and ``copy.deepcopy`` give the merged weights, and a copy unmerges on its own. ``.to`` and
-    ``.half`` and the like unmerge first, where they change dtype or device.
+    ``.half`` and the like unmerge first, where they change dtype or device, or raise and convert nothing, where a
+    merged weight was written since.
 
     Args:
         model: with a LoRA.
@@ -53,7 +54,7 @@ def merge(model: Model, name: str | Sequence[str] | None = None, exact: bool = T
     record = Merged(layers, exact=exact)
     if not _runs(container, layers, names, skipped):
         engage_names(model, wiring, names, skipped)
-    _rest(container, record)
+    _rest(model, wiring, container, record)
     return model
 
 
@@ -99,7 +100,7 @@ def swap(model: Model, name: str | Sequence[str]) -> Model:
     record = Merged(layers, exact=exact, before=before)
     before.wake()
     engage_names(model, wiring, names, ())
-    _rest(container, record)
+    _rest(model, wiring, container, record)
     return model
 
 
@@ -215,12 +216,25 @@ def _runs(container: Adaptations, layers: Layers, names: tuple[str, ...], skippe
     )
 
 
-def _rest(container: Adaptations, record: Merged) -> None:
+def _above(model: nn.Module, wiring: Wiring, record: Merged) -> dict[nn.Module, list[nn.Linear]]:
+    """Every module that has merged layers below it, with these."""
+    base = wiring.base_of(model)
+    found = {model: list(record.modules)}
+    for path, layer in zip(record.paths, record.modules, strict=True):
+        module = base
+        for step in path.split("."):
+            if module is not model:
+                found.setdefault(module, []).append(layer)
+            module = module._modules[step]
+    return found
+
+
+def _rest(model: nn.Module, wiring: Wiring, container: Adaptations, record: Merged) -> None:
     """Let nothing of the LoRA run or train. Nothing here can fail."""
     record.frozen = [p for p in container.parameters() if p.requires_grad]
     for parameter in record.frozen:
         parameter.requires_grad_(False)
-    record.rest()
+    record.rest(_above(model, wiring, record))
     container.merge = record
 
 

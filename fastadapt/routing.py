@@ -97,7 +97,7 @@ class Routing:
         by_path: dict[str, list[Active]] = {}
         nothing = Active()
         for slot, name in enumerate(self.names):
-            for path, active in () if name is None else self._container[name].actives(wiring).items():
+            for path, active in () if name is None else self._container[name].actives(wiring.owner).items():
                 if path.startswith(skipped):
                     continue
                 if path not in by_path:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import dispatch, ops
-from fastadapt.bench.case import UserError
+from fastadapt.errors import UserError
 
 _WARPS, _STAGES, _ROWS = (4, 8), (1, 2, 3, 4), (16, 32, 64, 128)
 _SLACK = 2.0  # times the error of the heuristic's launch, beyond which a launch is wrong

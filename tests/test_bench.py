@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -13,13 +14,17 @@ from torch import nn
 
 import fastadapt as fa
 from fastadapt.bench import measure, merge, mixed, op, report, text, train, verify
-from fastadapt.bench.case import RANDOM_MODELS, Case, UserError, token_ids
+from fastadapt.bench.case import RANDOM_MODELS, Case, token_ids
 from fastadapt.bench.methods import METHODS
 from fastadapt.bench.methods import method as find_method
 from fastadapt.bench.methods.base import encoder_layers
 from fastadapt.bench.peers import PEERS, chosen, expanded
 from fastadapt.bench.peers.fused import NAME, OTHER, switching, with_another
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, table
+from fastadapt.environment import environment
+from fastadapt.errors import UserError
+from tests.tasks import make_base
 
 needs_adapterhub = pytest.mark.skipif(importlib.util.find_spec("adapters") is None, reason="AdapterHub not installed")
 CASE = Case(batch=2, seq=8, layers=1)
@@ -315,14 +320,14 @@ def test_the_built_in_text_is_plain_sentences():
 
 
 def test_tables_align_and_rules_separate():
-    lines = report.table(("name", "ms"), [["a", "1.00"], None, ["longer", "10.00"]]).splitlines()
+    lines = table(("name", "ms"), [["a", "1.00"], None, ["longer", "10.00"]]).splitlines()
     assert lines[0] == "name       ms"
     assert lines[2] == "a        1.00"
     assert set(lines[1]) == set(lines[3]) == {"-"}
 
 
 def test_progress_is_plain_lines_where_nobody_watches(capsys):
-    progress = report.Progress(sys.stderr)
+    progress = Progress(sys.stderr)
     progress.tick("not shown")
     progress.step("a stage")
     shown = capsys.readouterr().err
@@ -332,7 +337,7 @@ def test_progress_is_plain_lines_where_nobody_watches(capsys):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])  # oneDNN packs bfloat16 on some processors only
 def test_the_floor_is_the_larger_of_arithmetic_and_bytes(dtype, capsys):
     case = Case(batch=1, seq=64, bottleneck=16, dtype=dtype)
-    records = {r["system"]: r for r in op.run_case(case, hidden=64, budget=0, progress=report.Progress())}
+    records = {r["system"]: r for r in op.run_case(case, hidden=64, budget=0, progress=Progress())}
     pairs = zip(records["gemm"]["samples_ms"], records["copy"]["samples_ms"], strict=True)
     assert records["floor"]["samples_ms"] == [max(pair) for pair in pairs]
     assert records["fastadapt"]["correct"]
@@ -550,7 +555,7 @@ def test_must_reads_the_figures_of_several_tasks():
 @pytest.mark.parametrize("shared", [False, True])
 def test_several_tasks_are_right_and_compared_in_one_run(shared):
     case = dataclasses.replace(CASE, method="adapterdrop", layers=2, drop=1)
-    records = mixed.run_case(case, 2, shared=shared, budget=0.0, progress=report.Progress())
+    records = mixed.run_case(case, 2, shared=shared, budget=0.0, progress=Progress())
     names = ["fastadapt-alone", "fastadapt-shared"] if shared else ["fastadapt", "fastadapt-mixed"]
     assert [r["system"] for r in records] == names
     assert all(r["correct"] and r["samples_ms"] and r["mixed_with"] == 2 for r in records)
@@ -614,7 +619,7 @@ def test_a_readme_block_is_what_the_command_printed(tmp_path, monkeypatch):
         verdict = verify.Verdict(True, 1e-7, 2e-7)
         label = PEERS[system].label
         rows.append(report.record("latency", CASE, system, label, verdict=verdict, samples=[ms] * 3, base=[20.0] * 3))
-    document = {"environment": report.environment("cpu"), "command": "fastadapt bench latency", "records": rows}
+    document = {"environment": environment("cpu"), "command": "fastadapt bench latency", "records": rows}
     report.write_json(tmp_path / "latency.json", document)
     text = readme.filled("<!-- generated: headline -->\nold\n<!-- end -->\n<!-- generated: latency -->\n<!-- end -->")
     assert "old" not in text
@@ -635,7 +640,28 @@ def test_what_a_layer_keeps_is_asked_of_one_that_has_an_adapter():
     of_ours = [PEERS["fastadapt"]]
     kept = train.saved_bytes_per_layer(dropped, of_ours)
     assert kept == train.saved_bytes_per_layer(dataclasses.replace(CASE, method="houlsby"), of_ours)
-    assert train.able(dropped, of_ours, report.Progress()) == of_ours
+    assert train.able(dropped, of_ours, Progress()) == of_ours
+
+
+def test_what_a_layer_keeps_is_the_same_of_a_model_with_too_few_layers(tmp_path):
+    folder = make_base(tmp_path, taught=False)  # of two layers
+    case = dataclasses.replace(CASE, model=str(folder), bottleneck=4, layers=2)
+    of_ours = [PEERS["fastadapt"]]
+    config = json.loads((folder / "config.json").read_text())
+    kept = train.saved_bytes_per_layer(case, of_ours)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 12}))
+    assert kept == train.saved_bytes_per_layer(case, of_ours) and kept["fastadapt"] > 0
+    dropped = dataclasses.replace(case, method="adapterdrop", layers=None, drop=10)
+    assert train.able(dropped, of_ours, Progress()) == of_ours
+    assert train.saved_bytes_per_layer(dropped, of_ours) == kept
+    with pytest.raises(UserError, match="--layers: got 13; .* has 12"):
+        Setup(dataclasses.replace(case, layers=13))
+
+
+def test_dropping_all_layers_is_refused_by_its_own_name(tmp_path):
+    case = dataclasses.replace(CASE, model=str(make_base(tmp_path, taught=False)), method="adapterdrop", layers=None)
+    with pytest.raises(UserError, match="--drop: got 5; accepted are 0 to 1"):
+        train.run_case(case, [], budget=0, progress=Progress())
 
 
 def test_a_fusion_is_switched_to_another_of_the_same_adapters():

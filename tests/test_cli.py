@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from fastadapt import __version__
 from fastadapt.bench import latency, report
 from fastadapt.cli import main
 from fastadapt.info import PROVEN
+from tests.tasks import make_base
 
 
 def refused(capsys, *argv: str) -> str:
@@ -79,6 +83,12 @@ def test_help(capsys, command):
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_the_help_of_tasks_says_that_a_row_has_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "latency", "--help"])
+    assert "mixed in each batch (one a row, so no more than rows)" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -98,7 +108,8 @@ def test_help(capsys, command):
         (["bench", "op", "--json", "/dev/null/x.json"], ["--json", "/dev/null"]),
         (["bench", "latency", "--layers", "1", "--peers", "--seq", "513", "--model", "tests"], ["--model", "tests"]),
         (["plot", "/nowhere.json"], ["/nowhere.json", "cannot be read"]),
-        (["explain", "/nowhere"], ["--model", "/nowhere"]),
+        (["explain", "/nowhere"], ["error: MODEL: '/nowhere'"]),
+        (["explain", "."], ["error: MODEL: cannot load '.'"]),
         (["teach"], ["invalid choice", "teach"]),
     ],
 )
@@ -106,6 +117,21 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, parts):
     line = refused(capsys, *argv)
     for part in parts:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [(["explain", "no/such-model"], "MODEL"), (["bench", "latency", "--model", "no/such-model"], "--model")],
+    ids=["explain", "bench"],
+)
+def test_a_hub_that_is_not_there_is_one_line(argv, name):
+    # In a process of its own: the hub's address is read, and the stream of its log chosen, when it is imported.
+    code = f"import sys, time; time.sleep = lambda s: None; from fastadapt.cli import main; sys.exit(main({argv!r}))"
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **nowhere})
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"fastadapt: error: {name}: cannot load 'no/such-model'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -197,6 +223,29 @@ def test_ranks_are_cells_and_merged_forms_join(tmp_path, capsys, small):
     assert [(r["rank_or_bottleneck"], r["system"]) for r in records] == [(n, s) for n in (2, 4) for s in systems]
     assert all(r["targets"] == ["key", "output"] and r["correct"] for r in records)
     assert "÷ merged" in capsys.readouterr().out
+
+
+QUICK = ("--batch", "1", "--seq", "8", "--dtype", "fp32", "--budget", "0", "--threads", "1")
+
+
+@pytest.mark.parametrize(
+    ("command", "layers"),
+    [
+        (("train", "--method", "lora", "--rank", "2", "--peers"), {2}),
+        (("train", "--method", "adapterdrop", "--drop", "1", "--bottleneck", "4", "--peers"), {2}),
+        (("methods", "--methods", "adapterdrop"), {2}),
+        (("merge", "--rank", "2", "--cycles", "1", "--peers"), {2, 1}),  # the drift is of one layer
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_a_folder_of_two_layers_is_measured_as_it_is(tmp_path, command, layers, small):
+    folder, path = make_base(tmp_path / "tiny", taught=False), tmp_path / "out.json"
+    assert main(["bench", *command, *QUICK, "--model", str(folder), "--json", str(path)]) == 0
+    records = json.loads(path.read_text())["records"]
+    assert {r["layers"] or 2 for r in records} == layers
+    assert all(r["correct"] is not False for r in records)
+    kept = [r["saved_bytes_per_layer"] for r in records if "saved_bytes_per_layer" in r]
+    assert (command[0] == "merge") == (not kept) and all(kept)
 
 
 def test_methods_end_to_end(tmp_path, capsys, small):

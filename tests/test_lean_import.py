@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 PROBE = """
 import json, sys
@@ -36,6 +38,25 @@ def test_import_loads_nothing_heavy_and_touches_no_accelerator():
     assert not heavy, heavy
     assert "torch.utils.cpp_extension" not in found["loaded"]
     assert found["public"] == []
+
+
+def importers(what: str) -> set[str]:
+    """The rooms of the package (a folder, or a file) in which something imports from ``what``."""
+    root = Path(__file__).resolve().parent.parent / "fastadapt"
+    found = set()
+    for path in root.rglob("*.py"):
+        if re.search(rf"^ *(from {re.escape(what)}\b|import {re.escape(what)}\b)", path.read_text(), re.MULTILINE):
+            found.add(path.relative_to(root).parts[0])
+    return found
+
+
+def test_only_the_command_line_knows_the_benchmarks():
+    assert importers("fastadapt.bench") == {"bench", "cli"}
+
+
+def test_modules_and_what_lies_below_know_no_model_library():
+    for what in ("fastadapt.models", "transformers"):
+        assert not importers(what) & {"modules", "ops", "backends", "dispatch.py", "config"}
 
 
 def test_import_does_not_load_the_benchmarks():

@@ -610,6 +610,47 @@ def test_lora_linear_refuses():
         fa.LoRALinear(8, 16, r=2, device="meta").merge()
 
 
+def _fused():
+    return fa.adapt(make(), KINDS["two"]).bert.encoder.layer[0].attention.self.query
+
+
+def _of_peft():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["query"])).get_submodule(
+        "base_model.model.bert.encoder.layer.0.attention.self.query"
+    )
+
+
+def _hooked():
+    linear = nn.Linear(8, 8)
+    linear.register_forward_hook(lambda module, args, result: 2 * result)
+    return linear
+
+
+def _patched():
+    linear = nn.Linear(8, 8)
+    linear.forward = lambda input: input
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "error", "message"),
+    [
+        (lambda: fa.LoRALinear(8, 8, r=2), TypeError, "got LoRALinear"),
+        (_fused, TypeError, "got FusedLinear"),
+        (_of_peft, TypeError, r"got peft\.tuners\.lora\.layer\.Linear"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), TypeError, "got ParametrizedLinear"),
+        (_hooked, ValueError, "its Linear has hooks"),
+        (_patched, ValueError, "the forward of its Linear is patched"),
+    ],
+    ids=["LoRALinear", "fused", "PEFT", "parametrized", "hooked", "patched"],
+)
+def test_lora_linear_is_made_of_no_layer_that_does_more(make_layer, error, message):
+    layer = make_layer()
+    with pytest.raises(error, match=f"linear: {message}; accepted is a plain nn.Linear"):
+        fa.LoRALinear.from_linear(layer, r=2)
+
+
 def test_lora_linear_saves_with_torch():
     layer = fa.LoRALinear(8, 8, r=2)
     shake(layer.lora_B)

@@ -226,6 +226,84 @@ def test_conversions_unmerge_first(convert):
         fa.merge(model)
 
 
+CONVERSIONS = {
+    "half": (lambda m: m.half(), torch.float16),
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "to": (lambda m: m.to(torch.float16), torch.float16),
+    "double": (lambda m: m.double(), torch.float64),
+    "meta": (lambda m: m.to("meta"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("at", ["", "bert", "bert.encoder", "bert.encoder.layer", "bert.encoder.layer.1",
+                                "bert.encoder.layer.1.attention", "bert.encoder.layer.1.attention.self"])  # fmt: skip
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_conversion_that_is_refused_changes_nothing(conversion, at):
+    convert, dtype = CONVERSIONS[conversion]
+    model = adapted(a="six")
+    bare = make()
+    fa.merge(model)
+    query = model.bert.encoder.layer[1].attention.self.query
+    counter = query.weight._version
+    with torch.no_grad():
+        query.weight.mul_(2)
+    before = {key: (t.dtype, t.device, t._version) for key, t in model.state_dict(keep_vars=True).items()}
+    wanted = output(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.query: its weight was written"):
+            convert(model.get_submodule(at))
+        after = {key: (t.dtype, t.device, t._version) for key, t in model.state_dict(keep_vars=True).items()}
+        assert after == before and model.fastadapt.merged is not None
+        assert torch.equal(output(model), wanted)
+    with torch.no_grad():
+        query.weight.mul_(0.5)
+    model.fastadapt.merged.seen = None  # the bits are those of the merge again
+    assert query.weight._version != counter
+    convert(model)
+    assert model.fastadapt.merged is None and {p.dtype for p in model.parameters()} == {dtype}
+    assert not any("_apply" in vars(m) for m in model.modules())
+    if conversion != "meta":
+        convert(bare)
+        assert_bits(model, base_bits(bare))
+
+
+@pytest.mark.parametrize("model_class", [*SEQUENCE, BertForMaskedLM])
+def test_no_part_of_any_model_is_converted_before_the_refusal(model_class):
+    model = adapted(model_class=model_class, a="two")
+    fa.swap(fa.merge(model), "a")
+    with torch.no_grad():
+        model.base_model.encoder.layer[2].attention.self.value.weight.add_(1)
+    around = nn.Sequential(model)
+    wanted = output(model)
+    with pytest.raises(ValueError, match="was written"):
+        around.half()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(output(model), wanted)
+
+
+def test_a_conversion_of_what_lies_beside_merged_layers_leaves_them_merged():
+    model = adapted(a="two")
+    fa.merge(model)
+    before = base_bits(model)
+    for module in (model.classifier, model.bert.embeddings, model.bert.encoder.layer[0].output):
+        module.double()
+    assert model.fastadapt.merged is not None
+    for module in (model.classifier, model.bert.embeddings, model.bert.encoder.layer[0].output):
+        module.float()
+    assert_bits(model, before)
+
+
+def test_a_copy_that_is_converted_unmerges_itself_and_not_what_it_was_copied_from():
+    model = adapted(a="two")
+    bits, bare = base_bits(fa.merge(model)), base_bits(make().double())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.double()
+        assert other.fastadapt.merged is None
+        assert_bits(other, bare)
+        assert model.fastadapt.merged is not None and not any("_apply" in vars(m) for m in other.modules())
+    assert_bits(model, bits)
+
+
 def test_conversions_that_change_nothing_leave_it_merged():
     model = adapted(a="six")
     before = base_bits(model)

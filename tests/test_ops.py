@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastadapt as fa
 from fastadapt import dispatch
 from fastadapt.ops import ACTIVATIONS, schemas
+from fastadapt.ops.activations import activate, derivative
 from tests import ops_cases as cases
 from tests.ops_cases import case_id, laid_out, normal, stored, without
 
@@ -246,6 +247,16 @@ def test_the_keys_that_a_kernel_is_asked_to_serve_are_those_of_the_prefix_too():
 
 
 # -- the reference's own derivatives -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_slope_of_leaky_relu_is_rounded_to_no_other_dtype(dtype):
+    x = torch.tensor([-3.0, -0.0, 0.0, 2.0, float("inf"), float("-inf")], dtype=dtype, requires_grad=True)
+    y = torch.nn.functional.leaky_relu(x, 0.01)
+    (wanted,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(activate("leaky_relu", x), y)
+    found = derivative("leaky_relu", x.detach())
+    assert found.dtype == dtype and torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -23,8 +23,9 @@ import torch
 from benchmarks.training import cells, figures, timing
 from benchmarks.training.data import DATASETS
 from benchmarks.training.variants import VARIANTS, read_rates
-from fastadapt.bench.report import Progress, environment
 from fastadapt.cli import _quieten
+from fastadapt.console import Progress
+from fastadapt.environment import environment
 from fastadapt.errors import UserError
 from fastadapt.training import checkpoints
 

@@ -15,7 +15,9 @@ import torch
 
 from benchmarks.training.data import DATASETS, files
 from benchmarks.training.variants import VARIANTS, rate_name
-from fastadapt.bench.report import Progress, Record, cpu_extensions, cpu_model
+from fastadapt.bench.report import Record
+from fastadapt.console import Progress
+from fastadapt.environment import cpu_extensions, cpu_model
 from fastadapt.errors import UserError
 from fastadapt.training import checkpoints, run, sweep
 from fastadapt.training.options import Options

@@ -13,10 +13,11 @@ from torch import nn
 import fastadapt as fa
 from benchmarks.training.cells import Plan, Store, machine
 from benchmarks.training.variants import FULL, VARIANTS, Variant
-from fastadapt.bench.case import Case, UserError, load_model
+from fastadapt.bench.case import Case, load_model
 from fastadapt.bench.peers import PEERS
-from fastadapt.bench.report import Progress
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress
+from fastadapt.errors import UserError
 from fastadapt.training import base, recipe
 from fastadapt.training.batches import Collator, TaskBatches, longest
 from fastadapt.training.run import prepare, tokenized

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.bench.text import SENTENCES
+from fastadapt.config.lora import TARGETS
 from fastadapt.errors import UserError
 from fastadapt.models import wiring_of
 
@@ -20,7 +21,6 @@ RANDOM_MODELS: dict[str, dict[str, int]] = {
     "bert-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 LABELS = 2
-TARGETS = ("query", "key", "value", "attention_output", "intermediate", "output")  # where a LoRA can be
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
         model: ``bert-base`` or ``bert-large`` (random weights), a folder, or an id of the model hub.
         method: one of :data:`fastadapt.bench.methods.METHODS`.
         bottleneck: width b of the adapter.
-        rank, targets, lora_dropout: of a LoRA; the targets are some of :data:`TARGETS`.
+        rank, targets, lora_dropout: of a LoRA; the targets are some of :data:`fastadapt.config.lora.TARGETS`.
         length: of a prefix.
         adapters: how many a fusion mixes.
         drop: layers without an adapter, from the input, of AdapterDrop.
@@ -39,6 +39,7 @@ class Case:
         dtype: ``fp32`` or ``bf16``; in inference the model's dtype, in training autocast's.
         device: ``cpu`` or ``cuda``.
         layers: keep the first so many layers; ``None`` keeps all.
+        pretrained: False gives a folder's or an id's model random weights, and as many layers as ``layers`` says.
         dropout: of hidden states and attention, in training.
         seed: of weights, tokens and labels.
     """
@@ -57,6 +58,7 @@ class Case:
     dtype: str = "fp32"
     device: str = "cpu"
     layers: int | None = None
+    pretrained: bool = True
     dropout: float = 0.1
     seed: int = 0
 
@@ -73,23 +75,24 @@ def _random(case: Case) -> bool:
     return case.model in RANDOM_MODELS
 
 
-def _from_pretrained(auto: Any, case: Case, **options: Any) -> Any:
+def _from_pretrained(auto: Any, case: Case, *, argument: str = "--model", **options: Any) -> Any:
     """``auto.from_pretrained`` with every way it fails told in one line."""
     path = Path(case.model).expanduser()
     if not path.is_dir() and (path.exists() or case.model.startswith((".", "/", "~"))):
-        raise UserError(f"--model: {case.model!r} is not a folder with a model in it")
+        raise UserError(f"{argument}: {case.model!r} is not a folder with a model in it")
     try:
         return auto.from_pretrained(str(path) if path.is_dir() else case.model, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         accepted = f"{', '.join(RANDOM_MODELS)}, a folder or a hub id"
-        raise UserError(f"--model: cannot load {case.model!r} ({first}); accepted are {accepted}") from error
+        raise UserError(f"{argument}: cannot load {case.model!r} ({first}); accepted are {accepted}") from error
 
 
-def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Module:
+def load_model(case: Case, *, classifier: bool, dropout: float = 0.0, argument: str = "--model") -> nn.Module:
     """A plain Hugging Face encoder in float32 on the CPU, in evaluation mode, with SDPA attention.
 
-    The same case gives the same weights. ``classifier`` puts a head of two labels on it, for training.
+    The same case gives the same weights. ``classifier`` puts a head of two labels on it, for training; ``argument`` is
+    what the command line calls the model.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 
@@ -101,21 +104,24 @@ def load_model(case: Case, *, classifier: bool, dropout: float = 0.0) -> nn.Modu
         shape = dict(RANDOM_MODELS[case.model])
         shape["num_hidden_layers"] = case.layers or shape["num_hidden_layers"]
         config = BertConfig(**shape, **rates, **labels, max_position_embeddings=max(512, case.seq))
-        model = auto.from_config(config, attn_implementation="sdpa")
     else:
-        config = _from_pretrained(AutoConfig, case, **rates, **labels)
+        config = _from_pretrained(AutoConfig, case, argument=argument, **rates, **labels)
         available = getattr(config, "num_hidden_layers", 0)
-        if case.layers is not None and case.layers > available:
+        if case.pretrained and case.layers is not None and case.layers > available:
             raise UserError(f"--layers: got {case.layers}; {case.model} has {available}")
         config.num_hidden_layers = case.layers or available
         longest = getattr(config, "max_position_embeddings", case.seq)
         if case.seq > longest:
             raise UserError(f"--seq: got {case.seq}; {case.model} accepts at most {longest}")
-        model = _from_pretrained(auto, case, config=config, attn_implementation="sdpa", dtype=torch.float32)
+    if case.pretrained and not _random(case):
+        options = {"config": config, "attn_implementation": "sdpa", "dtype": torch.float32}
+        model = _from_pretrained(auto, case, argument=argument, **options)
+    else:
+        model = auto.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     try:
         wiring_of(model)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--model: {error}") from error
+        raise UserError(f"{argument}: {str(error).removeprefix('model: ')}") from error
     return model.eval()
 
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastadapt.bench import latency, measure, report, train
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case, available_layers
 from fastadapt.bench.merge import Job
 from fastadapt.bench.methods import method
 from fastadapt.bench.peers import PEERS, fused
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, table
+from fastadapt.errors import UserError
 
 THEIRS = ("adapterhub", "peft", "plain")
 LEGEND = """infer: ÷ the same library's model without the method; train: ÷ full fine-tuning
@@ -25,8 +27,8 @@ who they are: AH AdapterHub, HF plain PyTorch (no library has the method)"""
 def jobs(names: Sequence[str], case: Case, batches: Sequence[int], dtypes: Sequence[str], budget: float) -> list[Job]:
     """For every method: what it holds, and inference, training and switching in every dtype and batch."""
     found = []
-    if case.layers is not None:  # AdapterDrop's share of a model of fewer layers: 5 of 12
-        case = dataclasses.replace(case, drop=min(case.drop, case.layers * 5 // 12))
+    layers = available_layers(case) if case.layers is None else case.layers
+    case = dataclasses.replace(case, drop=min(case.drop, layers * 5 // 12))  # AdapterDrop's share: 5 of 12
     for name in names:
         for dtype in dtypes:
             for batch in batches:
@@ -35,7 +37,7 @@ def jobs(names: Sequence[str], case: Case, batches: Sequence[int], dtypes: Seque
     return found
 
 
-def run_method(case: Case, *, budget: float, switches: bool, progress: report.Progress) -> list[report.Record]:
+def run_method(case: Case, *, budget: float, switches: bool, progress: Progress) -> list[report.Record]:
     """All records of one method in one cell."""
     how, setup = method(case.method), Setup(case)
     own, base = setup.parameters
@@ -104,5 +106,4 @@ def rows(records: Sequence[report.Record]) -> str:
             "-" if peer is None else {"adapterhub": "AH", "peft": "PEFT", "plain": "HF"}[peer],
         ])  # fmt: skip
     headers = ("method: what it trains", "parameters", "share", "infer", "theirs", "train", "theirs", "who")
-    table = report.table(headers, lines)
-    return f"{table}\n{LEGEND}"
+    return f"{table(headers, lines)}\n{LEGEND}"

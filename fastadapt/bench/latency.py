@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastadapt.bench import measure, report, verify
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.methods import method
 from fastadapt.bench.peers import PEERS, Inference, Peer, expanded
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, megabytes
+from fastadapt.errors import UserError
 
 ALWAYS = ("stock", "bare", "fastadapt")
 BASE = "stock"
@@ -40,7 +42,7 @@ def run_case(
     everyone: Sequence[Peer],
     *,
     budget: float,
-    progress: report.Progress,
+    progress: Progress,
     compile_mode: str = "default",
     bench: str = "latency",
     min_rounds: int = measure.MIN_ROUNDS,
@@ -121,7 +123,7 @@ def rows(records: Sequence[report.Record]) -> str:
         if merges:
             ratio = over_merged(records, r)
             shown.append("-" if ratio is None else f"{ratio:.3f}")
-        return [*shown, report.megabytes(r["peak_bytes"])]
+        return [*shown, megabytes(r["peak_bytes"])]
 
     headers = ("system", "p20 ms", "p50 ms", "p80 ms", "÷ stock", *(("÷ merged",) if merges else ()), "peak MB")
     return report.cell_table(headers, records, cell=report.cells(records), name=report.system_name, figures=figures)

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from fastadapt.bench import latency, measure, report, verify
-from fastadapt.bench.case import TARGETS, Case, available_layers
+from fastadapt.bench.case import Case, available_layers
 from fastadapt.bench.methods.lora import ALPHA, A, B
 from fastadapt.bench.peers import PEERS, Merging, expanded
 from fastadapt.bench.setup import Setup
+from fastadapt.config.lora import TARGETS
+from fastadapt.console import Progress
 
 DEFAULT_PEERS = ("peft",)
 FORWARDS = (*latency.ALWAYS, "fastadapt-swapped")
@@ -96,7 +98,7 @@ def judge(setup: Setup, system: Merging, factor: float, *, exact: bool) -> verif
     return worst
 
 
-def run_merges(case: Case, names: Sequence[str], *, budget: float, progress: report.Progress) -> list[report.Record]:
+def run_merges(case: Case, names: Sequence[str], *, budget: float, progress: Progress) -> list[report.Record]:
     """Merge, swap and unmerge of every system against a copy of as many bytes."""
     cell = f"{case.dtype} r={case.rank} on {_targets(case.targets)}, {case.layers} layers"
     setup = Setup(case)
@@ -207,7 +209,7 @@ def checkpoints(cycles: int) -> list[int]:
     return sorted({n for n in found if n < cycles} | {cycles})
 
 
-def run_drift(case: Case, names: Sequence[str], *, cycles: int, progress: report.Progress) -> list[report.Record]:
+def run_drift(case: Case, names: Sequence[str], *, cycles: int, progress: Progress) -> list[report.Record]:
     """Each system's weights after ``cycles`` of merge, swap and unmerge."""
     cell = f"{case.dtype} r={case.rank} on {_targets(case.targets)}, {case.layers} layers"
     records = []

@@ -20,6 +20,7 @@ from fastadapt.bench.case import Case
 from fastadapt.bench.methods.base import Tensors
 from fastadapt.bench.peers import PEERS
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, megabytes
 
 # system -> (label, the system that it is compared with)
 SYSTEMS = {
@@ -118,9 +119,7 @@ def _shared(setup: Setup, count: int) -> dict[str, Callable[[], Tensor]]:
     return {"fastadapt-alone": alone, "fastadapt-shared": together}
 
 
-def run_case(
-    case: Case, tasks: int, *, shared: bool = False, budget: float, progress: report.Progress
-) -> list[report.Record]:
+def run_case(case: Case, tasks: int, *, shared: bool = False, budget: float, progress: Progress) -> list[report.Record]:
     """All records of one cell; in a mixed one a batch of fewer rows than ``tasks`` has one task a row."""
     count = tasks if shared else min(tasks, case.batch)
     cell = f"{case.dtype} {case.method} B={case.batch}, {count} tasks"
@@ -178,7 +177,7 @@ def rows(records: Sequence[report.Record]) -> str:
 
     def figures(r: report.Record) -> list[str]:
         ratio = "-" if r["ratio_to_bare"] is None else f"{r['ratio_to_bare']:.3f}"
-        return [*report.times(r, 2), ratio, report.megabytes(r["peak_bytes"])]
+        return [*report.times(r, 2), ratio, megabytes(r["peak_bytes"])]
 
     base = "÷ alone" if records and records[0]["bench"] == "shared" else "÷ one task"
     headers = ("system", "p20 ms", "p50 ms", "p80 ms", base, "peak MB")

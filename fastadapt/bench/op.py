@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastadapt as fa
 from fastadapt.bench import measure, report, verify
 from fastadapt.bench.case import Case
+from fastadapt.console import Progress
 
 BASE = "eager"
 OPS = ("fastadapt", "eager")  # what computes the op; the other rows are what it is held against
@@ -119,7 +120,7 @@ def floor_ratio(case: Case, hidden: int) -> float:
     return 2 * case.bottleneck / hidden
 
 
-def run_case(case: Case, *, hidden: int, budget: float, progress: report.Progress) -> list[report.Record]:
+def run_case(case: Case, *, hidden: int, budget: float, progress: Progress) -> list[report.Record]:
     """All records of one cell."""
     cell = f"{case.dtype} {case.rows} rows"
     t = tensors(case, hidden)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadapt.bench import plot_merge, report
-from fastadapt.bench.case import UserError
 from fastadapt.bench.methods import method
+from fastadapt.errors import UserError
 
 # One colour a system in every plot, so that pictures can be compared: ours warm, peers cool, bases grey.
 COLOURS = {

@@ -1,26 +1,19 @@
-"""What a benchmark leaves behind: records, a table of at most 100 columns, JSON, and the environment it ran in."""
+"""What a benchmark leaves behind: records, a table of at most 100 columns, and JSON."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
-
-import fastadapt
-from fastadapt.bench.case import TARGETS, Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.measure import paired_ratio, percentile
 from fastadapt.bench.methods import method
 from fastadapt.bench.verify import Verdict
+from fastadapt.config.lora import TARGETS
+from fastadapt.console import table
+from fastadapt.errors import UserError
 
 # The columns every row has, in the order of the public contract; a row may have more.
 FIELDS = (
@@ -72,63 +65,6 @@ def record(
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Installed versions of what the benchmarks touch; None where it is absent."""
-    found: dict[str, str | None] = {"fastadapt": fastadapt.__version__}
-    for name in ("torch", "transformers", "adapters", "peft", "triton", "openvino", "onnxruntime"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def cpu_extensions() -> list[str]:
-    """What decides about kernels here: those of AVX2, AVX-512, AVX512-BF16 and AMX that this processor has."""
-    query = getattr(torch.cpu, "get_capabilities", None)
-    if query is None:  # before torch 2.12
-        return [torch.backends.cpu.get_cpu_capability().lower()]
-    found = query()
-    return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
-
-
-def commit() -> str | None:
-    """The source tree's commit, with ``-dirty`` where it has changes; None outside a checkout."""
-    root = Path(fastadapt.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Everything a figure depends on beside the code."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
-        "cpu": cpu_model(),
-        "cpu_extensions": cpu_extensions(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def write_json(path: str | Path, document: dict[str, Any]) -> Path:
     """``{"environment": ..., "command": ..., "records": [...]}``."""
     target = Path(path)
@@ -156,23 +92,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: its records lack {', '.join(missing)}")
     return document
-
-
-def megabytes(size: float | None) -> str:
-    return "-" if size is None else f"{size / 1e6:,.1f}"
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str] | None]) -> str:
-    """Aligned text, the first column to the left and the others to the right; a None row is a rule."""
-    filled = [row for row in rows if row is not None]
-    widths = [max(len(line[i]) for line in (headers, *filled)) for i in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join(aligned).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(headers), rule, *(rule if row is None else line(row) for row in rows)])
 
 
 def cells(records: Sequence[Record]) -> Callable[[Record], str]:
@@ -215,27 +134,3 @@ def cell_table(
         shown = figures(r) if r["correct"] is not False else ["WRONG", f"{r['error']:.0e}", f">{r['tolerance']:.0e}"]
         lines.append([f"{here} {name(r)}", *shown, *["-"] * (len(headers) - 1 - len(shown))])
     return table(headers, lines)
-
-
-class Progress:
-    """Where a run stands, on stderr: one line that rewrites itself on a terminal, plain lines elsewhere."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
-        self.started = time.perf_counter()
-        self._width = 0
-
-    def step(self, text: str) -> None:
-        """A stage begins; stays on the screen."""
-        self._show(f"[{time.perf_counter() - self.started:6.1f} s] {text}", end="\n")
-
-    def tick(self, text: str) -> None:
-        """Something moves within a stage; terminals only."""
-        if self.live:
-            self._show(f"           {text}", end="\r")
-
-    def _show(self, text: str, end: str) -> None:
-        self.stream.write(text.ljust(self._width) + end)
-        self.stream.flush()
-        self._width = len(text) if end == "\r" else 0

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from fastadapt.bench import measure, report, verify
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.methods import method
 from fastadapt.bench.peers import Peer, Training, expanded
 from fastadapt.bench.setup import Setup
+from fastadapt.console import Progress, megabytes
+from fastadapt.errors import UserError
 
 ALWAYS = ("full", "fastadapt")
 BASE = "full"
@@ -49,12 +51,13 @@ def judge_gradients(case: Case, peers: Sequence[Peer]) -> dict[str, verify.Verdi
 def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
     """Bytes kept for backward by a layer above the lowest: what a model of three layers keeps beyond one of two.
 
-    Both with as many layers more as the method leaves alone.
+    Both with as many layers more as the method leaves alone, and with random weights: bytes are those of any values,
+    and a pretrained model may have fewer layers.
     """
     kept: dict[str, list[int]] = {peer.name: [] for peer in peers}
     idle = method(case.method).idle_layers(case)
     for layers in (idle + 2, idle + 3):
-        setup = Setup(dataclasses.replace(case, layers=layers), classifier=True)
+        setup = Setup(dataclasses.replace(case, layers=layers, pretrained=False), classifier=True)
         for peer in peers:
             system: Training = peer.setup("training", setup)
             kept[peer.name].append(measure.saved_bytes(system.model, system.loss))
@@ -63,9 +66,10 @@ def saved_bytes_per_layer(case: Case, peers: Sequence[Peer]) -> dict[str, int]:
     return {name: three - two for name, (two, three) in kept.items()}
 
 
-def able(case: Case, peers: Sequence[Peer], progress: report.Progress) -> list[Peer]:
+def able(case: Case, peers: Sequence[Peer], progress: Progress) -> list[Peer]:
     """Those of ``peers`` that can serve the case at all; the others are named, with the reason."""
-    setup = Setup(dataclasses.replace(case, layers=1 + method(case.method).idle_layers(case)), classifier=True)
+    layers = 1 + method(case.method).idle_layers(case)
+    setup = Setup(dataclasses.replace(case, layers=layers, pretrained=False), classifier=True)
     found = []
     for peer in peers:
         try:
@@ -82,7 +86,7 @@ def run_case(
     peers: Sequence[str],
     *,
     budget: float,
-    progress: report.Progress,
+    progress: Progress,
     bench: str = "train",
     **more: Any,
 ) -> list[report.Record]:
@@ -132,7 +136,7 @@ def rows(records: Sequence[report.Record]) -> str:
     """The table."""
 
     def figures(r: report.Record) -> list[str]:
-        memory = [report.megabytes(r["peak_bytes"]), report.megabytes(r["saved_bytes_per_layer"])]
+        memory = [megabytes(r["peak_bytes"]), megabytes(r["saved_bytes_per_layer"])]
         return [*report.times(r, 1), f"{r['ratio_to_bare']:.3f}", *memory]
 
     headers = ("system", "p20 ms", "p50 ms", "p80 ms", "÷ full", "peak MB", "kept MB/layer")

@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastadapt.bench.case import DTYPES, TARGETS, Case
+from fastadapt.bench.case import DTYPES, Case
 from fastadapt.bench.methods import METHODS
 from fastadapt.cli import bench, train, tune
 from fastadapt.cli.arguments import Parser, check_device, positive, targets_of
+from fastadapt.config.lora import TARGETS
 from fastadapt.errors import UserError
 
 
@@ -74,7 +75,7 @@ def _explain(args: argparse.Namespace) -> None:
     check_device(args.device)
     fields = ("model", "dtype", "layers", "device", "seq", "bottleneck", "rank", "targets", "drop")
     case = Case(**{name: getattr(args, name) for name in fields})
-    model = load_model(case, classifier=False)
+    model = load_model(case, classifier=False, argument="MODEL")
     if args.method == "none":
         fa.accelerate(model)
     else:
@@ -113,6 +114,9 @@ def _quieten() -> None:
     import logging
 
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets its logger's level anew when it is imported
-    for name in ("adapters", "transformers", "torch.onnx", "torch._inductor", "torch._dynamo", "onnxscript"):
+    for variable in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(variable, "error")  # both set their logger's level anew when they are imported
+    for name in (
+        "adapters", "huggingface_hub", "onnxscript", "torch._dynamo", "torch._inductor", "torch.onnx", "transformers",
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.ERROR)

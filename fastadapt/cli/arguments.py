@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from fastadapt.bench.case import TARGETS
+from fastadapt.config.lora import TARGETS
 from fastadapt.errors import UserError
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")

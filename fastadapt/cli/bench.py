@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastadapt.bench.case import DTYPES, TARGETS, Case
+from fastadapt.bench.case import DTYPES, Case
 from fastadapt.bench.methods import METHODS
 from fastadapt.cli.arguments import (
     Parser,
@@ -20,10 +20,15 @@ from fastadapt.cli.arguments import (
     seconds,
     targets_of,
 )
+from fastadapt.config.lora import TARGETS
+from fastadapt.console import Progress
+from fastadapt.environment import environment
 from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
     from fastadapt.bench.report import Record
+
+MERGE_LAYERS = 4  # of the forwards of `bench merge`
 
 
 def add_parsers(commands: Any) -> None:
@@ -62,16 +67,14 @@ def _shared_options(parser: argparse.ArgumentParser, *, batch: Sequence[int], bu
     parser.add_argument("--plot", metavar="FILE", help="draw the result: png, svg or pdf")
 
 
-def _model_options(parser: argparse.ArgumentParser, *, layers: int | None = None) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, layers: str = "all") -> None:
     parser.add_argument(
         "--model",
         default="bert-base",
         metavar="MODEL",
         help="bert-base or bert-large (random weights), an id, or a folder with weights and a tokenizer (bert-base)",
     )
-    parser.add_argument(
-        "--layers", type=positive, default=layers, metavar="N", help=f"keep the first N layers ({layers or 'all'})"
-    )
+    parser.add_argument("--layers", type=positive, metavar="N", help=f"keep the first N layers ({layers})")
 
 
 def _method_options(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +132,8 @@ def _latency_parser(jobs: Any) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="that many tasks mixed in each batch, against one task for all; several are cells",
+        help="that many tasks mixed in each batch (one a row, so no more than rows), against one for all; several are "
+        "cells",
     )
     parser.add_argument(
         "--same-text",
@@ -175,7 +179,7 @@ def _merge_parser(jobs: Any) -> None:
   fastadapt bench merge --rank 1 8 64 128 --targets query,value all --batch 8
   fastadapt bench merge --dtype bf16 --batch 32 --json merge.json --plot merge.png""",
     )
-    _model_options(parser, layers=4)
+    _model_options(parser, layers=f"{MERGE_LAYERS}, or all of fewer")
     parser.add_argument("--rank", type=positive, nargs="+", default=[8, 64], metavar="R", help="(8 64)")
     parser.add_argument(
         "--targets",
@@ -282,12 +286,14 @@ def _train(args: argparse.Namespace) -> None:
 
 def _merge(args: argparse.Namespace) -> None:
     from fastadapt.bench import merge
+    from fastadapt.bench.case import available_layers
     from fastadapt.bench.peers import chosen
 
     peers, notes = chosen("merging", args.peers, merge.DEFAULT_PEERS)
-    fields = {name: getattr(args, name) for name in ("model", "layers", "seq", "device", "seed")}
+    fields = {name: getattr(args, name) for name in ("model", "seq", "device", "seed")}
+    layers = args.layers or min(MERGE_LAYERS, available_layers(Case(model=args.model)))
     cases = [
-        Case(**fields, method="lora", rank=rank, targets=targets, batch=batch, dtype=dtype)
+        Case(**fields, layers=layers, method="lora", rank=rank, targets=targets, batch=batch, dtype=dtype)
         for dtype in args.dtype
         for targets in args.targets
         for rank in args.rank
@@ -341,14 +347,14 @@ def _bench(
         torch.set_num_threads(args.threads)
     else:
         use_all_cores()
-    progress = report.Progress()
+    progress = Progress()
     for note in notes:
         progress.step(note)
     records = finish([row for job in jobs for row in job(progress=progress)])
     print(rows(records))
-    environment = report.environment(args.device)
-    document = {"environment": environment, "command": args.command_line, "records": records}
-    print(f"{environment['device']}, {environment['threads']} threads, torch {environment['versions']['torch']}")
+    here = environment(args.device)
+    document = {"environment": here, "command": args.command_line, "records": records}
+    print(f"{here['device']}, {here['threads']} threads, torch {here['versions']['torch']}")
     if args.json:
         print(f"records  {report.write_json(args.json, document)}")
     if args.plot:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt.modules.active import Active
-from fastadapt.modules.merged import Merged, changes
+from fastadapt.modules.merged import Merged
 from fastadapt.modules.plain import reads_as
 from fastadapt.modules.project import project
 from fastadapt.modules.routed import Routed
@@ -30,9 +30,8 @@ class FusedLinear(nn.Linear):
         return project(input, {self.child: self}, self.active)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
-        # What was kept for the way back is of this dtype and on this device.
-        if self.merge is not None and changes(self.weight, fn):
-            self.merge.undo()
+        if self.merge is not None:
+            self.merge.before_conversion([self], fn)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -13,6 +13,7 @@ from fastadapt import ops
 from fastadapt.config.lora import LoRAConfig
 from fastadapt.modules.lora import LoRA, draw
 from fastadapt.modules.merged import Merged, changes
+from fastadapt.modules.plain import replaced
 
 
 class LoRALinear(nn.Linear):
@@ -68,14 +69,18 @@ class LoRALinear(nn.Linear):
         """One around an existing layer: it shares its weight and bias, the same parameters, which it freezes.
 
         Args:
-            linear: of floating weights.
+            linear: of floating weights, and plain: no subclass, hooks or forward of its own, which would be left out.
             r, alpha, dropout, init, rslora: as of the class.
 
         Raises:
             ValueError, TypeError: naming the argument, what was given and what is accepted.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: got {type(linear).__name__}; accepted is an nn.Linear")
+        kind = type(linear)
+        if kind is not nn.Linear:
+            name = kind.__name__ if kind.__name__ != nn.Linear.__name__ else f"{kind.__module__}.{kind.__name__}"
+            raise TypeError(f"linear: got {name}; accepted is a plain nn.Linear")
+        if reason := replaced(linear, nn.Linear):
+            raise ValueError(f"linear: {reason}; accepted is a plain nn.Linear")
         if not linear.weight.is_floating_point():
             raise TypeError(f"linear: has weights of {linear.weight.dtype}; accepted are floating ones")
         config = LoRAConfig(r=r, alpha=alpha, dropout=dropout, init=init, rslora=rslora)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ class Merged:
                 merge_(self.weights(), self.a, self.b, self.scales, self.residues)
         self.seen: list[tuple[int, int]] | None = self._versions()
         self.frozen: list[nn.Parameter] = []  # what trains again once this is taken out
+        self.above: list[nn.Module] = []  # whose conversions unmerge first
         self.live = True  # until it is taken out
 
     def _in_steps(self, magnitudes: dict[int, LoRA], before: Merged | None) -> None:
@@ -113,12 +114,21 @@ class Merged:
             _write(self.modules[i].weight, was)
         self.seen = None
 
-    def rest(self) -> None:
-        """Let the layers know, so that they run nothing beside their weights, and unmerge before they are moved."""
+    def rest(self, above: Mapping[nn.Module, Sequence[nn.Linear]]) -> None:
+        """Let the layers know, so that they run nothing beside their weights, and unmerge before they are moved.
+
+        Args:
+            above: every module that has such layers below it, with these. It converts what lies before them first, so
+                that it has to unmerge them itself: a refusal by a layer would come too late.
+        """
         for module in self.modules:
             active, child = module.active, module.child
             active.merged[child] = active.loras.pop(child)
             module.__dict__["merge"] = self
+        for module, layers in above.items():
+            if "_apply" not in module.__dict__:
+                module.__dict__["_apply"] = _UnmergeFirst(module, self, layers)
+                self.above.append(module)
 
     def wake(self) -> None:
         """Undo :meth:`rest`, and let train again what did."""
@@ -126,9 +136,21 @@ class Merged:
             active, child = module.active, module.child
             active.loras[child] = active.merged.pop(child)
             del module.__dict__["merge"]
+        for module in self.above:
+            module.__dict__.pop("_apply", None)
+        self.above = []
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.live = False
+
+    def before_conversion(self, layers: Sequence[nn.Linear], fn: Callable[[Tensor], Tensor]) -> None:
+        """Undo it where ``fn`` changes one of these layers: what is kept for the way back is of their dtype and device.
+
+        Raises:
+            ValueError: where a weight was written since the merge.
+        """
+        if any(changes(module.weight, fn) for module in layers):
+            self.undo()
 
     def undo(self) -> None:
         """Take it out of the weights, and let run beside them what was merged."""
@@ -141,6 +163,17 @@ class Merged:
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights are other tensors, with counters of their own.
         return {**self.__dict__, "seen": None}
+
+
+class _UnmergeFirst:
+    """Stands in place of the ``_apply`` of a module, an attribute of the instance that copies and pickles with it."""
+
+    def __init__(self, module: nn.Module, merge: Merged, layers: Sequence[nn.Linear]) -> None:
+        self.module, self.merge, self.layers = module, merge, layers
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.merge.before_conversion(self.layers, fn)
+        return type(self.module)._apply(self.module, fn, recurse)
 
 
 def _is_dora(parts: Sequence[LoRA]) -> bool:

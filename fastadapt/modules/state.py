@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
 from fastadapt.modules.active import Active, Part
 from fastadapt.modules.merged import Merged
-
-if TYPE_CHECKING:
-    from fastadapt.models.wiring import Wiring
 
 CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
 
@@ -62,12 +59,16 @@ class Adaptation(Branch):
             self._parts = {path: m for path, m in self.named_modules() if isinstance(m, Part)}
         return self._parts
 
-    def actives(self, wiring: Wiring) -> dict[str, Active]:
-        """What runs in each sublayer, by its path, where this adaptation runs alone; shared, and only read."""
+    def actives(self, owner: Callable[[str], tuple[str, str]]) -> dict[str, Active]:
+        """What runs in each sublayer, by its path, where this adaptation runs alone; shared, and only read.
+
+        Args:
+            owner: path of a part -> (path of the sublayer in which it runs, its path there).
+        """
         if self._actives is None:
             self._actives = {}
             for path, part in self.parts().items():
-                sublayer, child = wiring.owner(path)
+                sublayer, child = owner(path)
                 part.join(self._actives.setdefault(sublayer, Active()), child)
         return self._actives
 

@@ -35,7 +35,7 @@ def _d_relu(x: Tensor) -> Tensor:
 
 
 def _d_leaky_relu(x: Tensor) -> Tensor:
-    return torch.where(x > 0, 1.0, _LEAKY_SLOPE).to(x.dtype)
+    return torch.where(x > 0, x.new_ones(()), _LEAKY_SLOPE)  # of two numbers it would be rounded to float32
 
 
 def _d_gelu(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt.bench.report import Progress
+from fastadapt.console import Progress
 from fastadapt.training import checkpoints
 from fastadapt.training.options import Options
 from fastadapt.training.trainer import TaskTrainer, Unit

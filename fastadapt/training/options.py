@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.bench.report import cpu_extensions
+from fastadapt.environment import cpu_extensions
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, recipe
 from fastadapt.training.data import Source

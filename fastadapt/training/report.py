@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastadapt.bench.report import environment, table
+from fastadapt.console import table
+from fastadapt.environment import environment
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, folder
 from fastadapt.training.options import is_main

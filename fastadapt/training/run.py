@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.bench.report import Progress
+from fastadapt.console import Progress
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, data, folder, recipe
 from fastadapt.training.batches import Example, longest, tokenize

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.bench.report import Progress
+from fastadapt.console import Progress
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, folder, recipe
 from fastadapt.training.batches import longest

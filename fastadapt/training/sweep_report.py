@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastadapt.bench.report import environment, table
+from fastadapt.console import table
+from fastadapt.environment import environment
 from fastadapt.errors import UserError
 from fastadapt.training import checkpoints
 from fastadapt.training.report import write_text

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fastadapt.bench.report import Progress
+from fastadapt.console import Progress
 from fastadapt.errors import UserError
 
 

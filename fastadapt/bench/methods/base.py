@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 import fastadapt as fa
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
+from fastadapt.errors import UserError
 
 Tensors = dict[str, Tensor]
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.activations import get_activation
 
 import fastadapt as fa
-from fastadapt.bench.case import Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.methods.base import Method, Tensors, encoder_layers
+from fastadapt.errors import UserError
 
 ATTENTION, FFN = "attention.output", "output"
 TENSORS = ("down.weight", "down.bias", "up.weight", "up.bias")

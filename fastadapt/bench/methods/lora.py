@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadapt as fa
-from fastadapt.bench.case import TARGETS, Case, UserError
+from fastadapt.bench.case import Case
 from fastadapt.bench.methods.base import Method, Tensors, encoder_layers
+from fastadapt.config.lora import TARGETS
+from fastadapt.errors import UserError
 
 ALPHA = 8
 PATHS = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastadapt.bench import verify
-from fastadapt.bench.case import UserError
+from fastadapt.errors import UserError
 
 if TYPE_CHECKING:
     from fastadapt.bench.setup import Setup

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastadapt.bench.case import UserError
 from fastadapt.bench.peers import Inference
 from fastadapt.bench.setup import Setup, threads
+from fastadapt.errors import UserError
 
 
 class _HiddenState(nn.Module):

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.bench.case import UserError
 from fastadapt.bench.methods.base import Tensors
 from fastadapt.bench.peers import Inference, Merging, Training
 from fastadapt.bench.peers.stock import no_grad_forward, training_step
 from fastadapt.bench.setup import Setup
+from fastadapt.errors import UserError
 
 NAME, OTHER = "bench", "other"
 
