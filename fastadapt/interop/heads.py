@@ -61,6 +61,8 @@ class StoredHead:
         self.folder, self.name, self.unsaved = folder, name, unsaved
         self.config: dict[str, Any] = {}
         self.weights: dict[str, Tensor] | None = None
+        if (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS)):
+            raise ValueError(f"path: {folder} has {CONFIG} but neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
     def read(self, model: nn.Module, wiring: Wiring) -> int | None:
         """Read it where it fits the model; its number of labels where that differs from the model's own."""
