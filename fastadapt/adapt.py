@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -213,6 +212,8 @@ def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
         raise TypeError(f"name: got {name!r}; accepted is a list, whose first one's head runs")
     several = isinstance(name, (list, tuple))
     names = tuple(name) if several else (name,)
+    if not all(isinstance(each, str) for each in names):
+        raise TypeError(f"name: got {name!r}; accepted are None, a string and a list of strings")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"name: got {name!r}; accepted are names of different adaptations")
     for each in names:
@@ -344,6 +345,8 @@ def keep_neurons(model: Model, name: str, masks: Tensor | Mapping[str, Tensor]) 
 
 def adaptations(model: nn.Module) -> list[str]:
     """Names of the model's adaptations, in the order in which they were added."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted is an nn.Module")
     container = container_of(model)
     return [] if container is None else list(container)
 
@@ -415,6 +418,7 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing is written.
     """
     from fastadapt.interop import adapterhub, peft
+    from fastadapt.interop.files import as_path
     from fastadapt.interop.formats import FORMATS
 
     wiring = wiring_of(model)
@@ -426,7 +430,7 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
         raise ValueError(f"name: got None, but no adaptation is active; known are {known}")
     name = container.active if name is None else name
     check_known_name(model, name)
-    folder = Path(path)
+    folder = as_path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}, which is a file; accepted is a folder")
     adaptation = container[name]
@@ -455,6 +459,8 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
     wiring = wiring_of(model)
     if name is not None:
         check_new_name(model, name)
+    if not isinstance(trainable, bool):
+        raise TypeError(f"trainable: got {trainable!r}; accepted are True and False")
     folder = open_folder(path, name)
     folder.check(model)
     head = folder.read_head(model, wiring)

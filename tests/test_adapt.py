@@ -275,6 +275,12 @@ REFUSED = {
     "leave_out": (lambda m: fa.adapt(m, fa.HoulsbyConfig(leave_out=(3,))), ValueError, "leave_out.*0 to 2"),
     "factors": (lambda m: fa.adapt(m, fa.PfeifferConfig(reduction_factor={"0": 2})), ValueError, "reduction_factor"),
     "activate_unknown": (lambda m: fa.activate(m, "there"), ValueError, "name.*'there'.*'here'"),
+    "activate_mapping": (lambda m: fa.activate(m, {"here": 1}), TypeError, "name: got {'here': 1}; accepted are None"),
+    "activate_nested": (lambda m: fa.activate(m, [["here"], "b"]), TypeError, r"name: got \[\['here'\], 'b'\]; accept"),
+    "save_nowhere": (lambda m: fa.save(m, None, name="here"), TypeError, "path: got None; accepted is a folder's"),
+    "load_nothing": (lambda m: fa.load(m, None), TypeError, "path: got None; accepted is a folder's"),
+    "load_bytes": (lambda m: fa.load(m, b"here"), TypeError, "path: got b'here'; accepted is a folder's"),
+    "load_trainable": (lambda m: fa.load(m, ".", trainable="no"), TypeError, "trainable: got 'no'; accepted are True"),
     "activate_list": (lambda m: fa.activate(m, ["here"]), TypeError, "FusionConfig"),
     "skip_beyond": (lambda m: fa.activate(m, "here", skip_layers=[3]), ValueError, "skip_layers.*0 to 2"),
     "skip_text": (lambda m: fa.activate(m, None, skip_layers="01"), ValueError, "skip_layers"),
@@ -287,6 +293,12 @@ REFUSED = {
     "restore_inner": (lambda m: fa.restore(m.bert), ValueError, "BertModel belong to an adapted model"),
     "unload_inner": (lambda m: fa.unload(m.bert), ValueError, "BertModel belong to an adapted model"),
 }
+
+
+def test_what_is_no_model_has_no_adaptations():
+    for call in (fa.adaptations, lambda m: fa.remove(m, "a"), fa.eject):
+        with pytest.raises(TypeError, match="model: got NoneType; accepted is an nn.Module"):
+            call(None)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

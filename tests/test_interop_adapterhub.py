@@ -243,9 +243,20 @@ def evil_pickle(folder: Path) -> None:
     torch.save({"w": Path}, folder / "pytorch_adapter.bin")
 
 
+def nested(depth: int) -> dict:
+    config: dict = {}
+    for _ in range(depth):
+        config = {"method": "MAMConfig", "fields": {"prefix": config}}
+    return config
+
+
 BROKEN = {
     "no_config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json"),
     "config_truncated": (lambda f: (f / "adapter_config.json").write_text('{"config": {'), "JSON"),
+    "config_deep": (lambda f: (f / "adapter_config.json").write_text('{"a":' * 2000 + "1" + "}" * 2000), "too deep"),
+    "config_nested": (lambda f: edit(f, config=nested(200)), "adapter_config.json is nested too deep.*64"),
+    "own_nested": (lambda f: (f / "fastadapt.json").write_text(json.dumps({"config": nested(200)})), "too deep"),
+    "head_deep": (lambda f: (f / "head_config.json").write_text("[" * 2000 + "]" * 2000), "head_config.json.*too deep"),
     "config_a_list": (lambda f: (f / "adapter_config.json").write_text("[]"), "JSON object"),
     "no_weights": (lambda f: (f / "adapter.safetensors").unlink(), "neither"),
     "truncated": (truncate, "truncated or corrupted"),

@@ -15,15 +15,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+_DEEPEST = 64  # nesting of a JSON file; what reads it further on recurses
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path: got {path!r}; accepted is a folder's, as a str or an os.PathLike") from None
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"path: {path} cannot be read as JSON: {error}") from error
+    except RecursionError:
+        raise _too_deep(path) from None
     if not isinstance(content, dict):
         raise ValueError(f"path: {path} holds a {type(content).__name__}; accepted is a JSON object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for inside in values for value in inside if isinstance(value, (dict, list))]
+    if level:
+        raise _too_deep(path)
     return content
+
+
+def _too_deep(path: Path) -> ValueError:
+    return ValueError(f"path: {path} is nested too deep; accepted is JSON of at most {_DEEPEST} levels")
 
 
 def read_tensors(folder: Path, safe_name: str, pickle_name: str | None = None) -> dict[str, Tensor] | None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from fastadapt.interop import adapterhub, peft
-from fastadapt.interop.files import read_json
+from fastadapt.interop.files import as_path, read_json
 
 FORMATS: tuple[str, ...] = ("adapterhub", "peft")
 
 
-def open_folder(path: str | Path, name: str | None = None) -> adapterhub.Folder | peft.Folder:
+def open_folder(path: str | os.PathLike[str], name: str | None = None) -> adapterhub.Folder | peft.Folder:
     """Read a folder that an adaptation was saved in; raises ``ValueError`` for what is none, or of another kind.
 
     ``name`` tells which of PEFT's adapters is meant where each lies in a folder of its own.
     """
-    folder = Path(path)
+    folder = as_path(path)
     if not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}; accepted is a folder that an adaptation was saved in")
     if not any((folder / name).is_file() for name in adapterhub.ANNOUNCING):
