@@ -212,9 +212,7 @@ def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
         raise TypeError(f"name: got {name!r}; accepted is a list, whose first one's head runs")
     several = isinstance(name, (list, tuple))
     names = tuple(name) if several else (name,)
-    if not all(isinstance(each, str) for each in names):
-        raise TypeError(f"name: got {name!r}; accepted are None, a string and a list of strings")
-    if not names or len(set(names)) != len(names):
+    if not names or any(each in names[:i] for i, each in enumerate(names)):
         raise ValueError(f"name: got {name!r}; accepted are names of different adaptations")
     for each in names:
         check_known_name(model, each)
