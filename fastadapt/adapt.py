@@ -18,6 +18,7 @@ from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules import folded
 from fastadapt.modules.active import Active, Part
+from fastadapt.modules.labels import labels_of, remember, show
 from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, base_modules, container_of, own_labels
 from fastadapt.modules.step import set_hooks
 
@@ -241,7 +242,7 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
 
     container = container_of(model)
     base = wiring.base_of(model)
-    remember_problem_type(model, container)
+    remember(model, container)
     chosen = [container[name] for name in names]
     adaptation = chosen[0] if chosen else None
     prefixes = wiring.prefixes_of(skipped)
@@ -285,20 +286,8 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
             if each is not adaptation and each.own_head() is not None:
                 each.own_head().requires_grad_(False)
     container.active, container.summed, container.skipped = next(iter(names), None), names[1:], skipped
-    if "num_labels" in model.__dict__:
-        own = container.base_num_labels if adaptation is None else adaptation.num_labels
-        model.num_labels = container.base_num_labels if own is None else own
-    if hasattr(model.config, "problem_type"):
-        model.config.problem_type = container.base_problem_type if adaptation is None else adaptation.problem_type
-
-
-def remember_problem_type(model: nn.Module, container: Adaptations) -> None:
-    """Keep what the model found out: it takes its problem type from the first labels it sees; each head has its own."""
-    problem_type = getattr(model.config, "problem_type", None)
-    if container.active is None:
-        container.base_problem_type = problem_type
-    elif container.active in container:
-        container[container.active].problem_type = problem_type
+    problem_type = container.base_problem_type if adaptation is None else adaptation.problem_type
+    show(model, container, container.active, labels_of(container, adaptation), problem_type)
 
 
 def eject(model: Model, name: str | None = None) -> Model:
@@ -389,6 +378,7 @@ def unload(model: Model, merge: bool = False) -> Model:
     if merge and container is not None and container.active is not None:
         from fastadapt.merging import merge_for_good
 
+        remember(model, container)
         merge_for_good(model, wiring)
     elif container is not None and container.merged is not None:
         container.merged.undo()
@@ -432,6 +422,8 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}, which is a file; accepted is a folder")
     adaptation = container[name]
+    if container.route is None:
+        remember(model, container)
     if format == "peft" or (format is None and isinstance(adaptation.config, LoRAConfig)):
         peft.save(model, wiring, adaptation, folder, name)
     else:

@@ -181,9 +181,19 @@ def test_names_of_labels_are_kept(tmp_path):
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1} and config["num_labels"] == 2
     file.write_text(json.dumps({**config, "label2id": {"no": 0, "yes": 1}}))
     again = fa.load(make(), tmp_path / "a")
-    assert again.num_labels == 2
+    assert again.num_labels == 2 and again.config.id2label == {0: "no", 1: "yes"}
     fa.save(again, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "head_config.json").read_text())["label2id"] == {"no": 0, "yes": 1}
+    for strange in (
+        ["no", "yes"],
+        {"no": 0},
+        {"no": 0, "yes": 2},
+        {"no": "0", "yes": "1"},
+        {"no": [0], "yes": 1},
+        None,
+    ):
+        file.write_text(json.dumps({**config, "label2id": strange}))
+        assert fa.load(make(), tmp_path / "a").config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_a_head_of_another_class_is_left_out_with_a_warning(tmp_path):
