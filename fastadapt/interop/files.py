@@ -110,20 +110,21 @@ def write_folder(
                 save_file(tensors, new / name, metadata={"format": "pt"})
         folder.mkdir(exist_ok=True)
         # No file system replaces several files in one step. So what announces the others leaves first and comes last:
-        # in between, the folder holds no adaptation for any reader. Digests would tell ours alone, would forbid editing
-        # a label's name by hand, and PEFT's configuration has no room for one.
+        # in between, no reader takes it for an adaptation that it never held. Digests would tell ours alone, forbid to
+        # edit a label's name by hand, and find no room in PEFT's configuration.
         moves += [(folder / name, old / name) for name in names if os.path.lexists(folder / name)]
         moves += [(new / name, folder / name) for name in reversed(names) if name in files]
         for source, target in moves:
             os.replace(source, target)
     except BaseException as error:
+        whole = False  # until it is put back, what lies beside is all that is left of it
         try:
             _move_back(moves)
+            whole = True
             if made:
                 with suppress(OSError):  # it was never made, or another program has put something into it
                     folder.rmdir()
         except OSError as second:
-            whole = False
             error.add_note(f"{folder} could not be put back ({second}): what it held lies in {old}")
         raise
     finally:
