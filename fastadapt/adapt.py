@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +18,7 @@ from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules import folded
 from fastadapt.modules.active import Active, Part
+from fastadapt.modules.labels import labels_of, remember, show
 from fastadapt.modules.state import CONTAINER, Adaptation, Adaptations, base_modules, container_of, own_labels
 from fastadapt.modules.step import set_hooks
 
@@ -219,7 +219,7 @@ def names_of(model: nn.Module, name: Any) -> tuple[str, ...]:
         raise TypeError(f"name: got {name!r}; accepted is a list, whose first one's head runs")
     several = isinstance(name, (list, tuple))
     names = tuple(name) if several else (name,)
-    if not names or len(set(names)) != len(names):
+    if not names or any(each in names[:i] for i, each in enumerate(names)):
         raise ValueError(f"name: got {name!r}; accepted are names of different adaptations")
     for each in names:
         check_known_name(model, each)
@@ -248,7 +248,7 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
 
     container = container_of(model)
     base = wiring.base_of(model)
-    remember_problem_type(model, container)
+    remember(model, container)
     chosen = [container[name] for name in names]
     adaptation = chosen[0] if chosen else None
     prefixes = wiring.prefixes_of(skipped)
@@ -292,20 +292,8 @@ def engage_names(model: nn.Module, wiring: Wiring, names: tuple[str, ...], skipp
             if each is not adaptation and each.own_head() is not None:
                 each.own_head().requires_grad_(False)
     container.active, container.summed, container.skipped = next(iter(names), None), names[1:], skipped
-    if "num_labels" in model.__dict__:
-        own = container.base_num_labels if adaptation is None else adaptation.num_labels
-        model.num_labels = container.base_num_labels if own is None else own
-    if hasattr(model.config, "problem_type"):
-        model.config.problem_type = container.base_problem_type if adaptation is None else adaptation.problem_type
-
-
-def remember_problem_type(model: nn.Module, container: Adaptations) -> None:
-    """Keep what the model found out: it takes its problem type from the first labels it sees; each head has its own."""
-    problem_type = getattr(model.config, "problem_type", None)
-    if container.active is None:
-        container.base_problem_type = problem_type
-    elif container.active in container:
-        container[container.active].problem_type = problem_type
+    problem_type = container.base_problem_type if adaptation is None else adaptation.problem_type
+    show(model, container, container.active, labels_of(container, adaptation), problem_type)
 
 
 def eject(model: Model, name: str | None = None) -> Model:
@@ -355,7 +343,12 @@ def adaptations(model: nn.Module) -> list[str]:
 
     Args:
         model: any; one that was never adapted has none.
+
+    Raises:
+        TypeError: for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted is an nn.Module")
     container = container_of(model)
     return [] if container is None else list(container)
 
@@ -407,6 +400,7 @@ def unload(model: Model, merge: bool = False) -> Model:
     if merge and container is not None and container.active is not None:
         from fastadapt.merging import merge_for_good
 
+        remember(model, container)
         merge_for_good(model, wiring)
     elif container is not None and container.merged is not None:
         container.merged.undo()
@@ -440,6 +434,7 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
         TypeError, ValueError: naming the argument, what was given and what is accepted; nothing is written.
     """
     from fastadapt.interop import adapterhub, peft
+    from fastadapt.interop.files import as_path
     from fastadapt.interop.formats import FORMATS
 
     wiring = wiring_of(model)
@@ -451,10 +446,12 @@ def save(model: Model, path: str | os.PathLike[str], name: str | None = None, fo
         raise ValueError(f"name: got None, but no adaptation is active; known are {known}")
     name = container.active if name is None else name
     check_known_name(model, name)
-    folder = Path(path)
+    folder = as_path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path: got {str(path)!r}, which is a file; accepted is a folder")
     adaptation = container[name]
+    if container.route is None:
+        remember(model, container)
     if format == "peft" or (format is None and isinstance(adaptation.config, LoRAConfig)):
         peft.save(model, wiring, adaptation, folder, name)
     else:
@@ -481,6 +478,8 @@ def load(model: Model, path: str | os.PathLike[str], name: str | None = None, tr
     wiring = wiring_of(model)
     if name is not None:
         check_new_name(model, name)
+    if not isinstance(trainable, bool):
+        raise TypeError(f"trainable: got {trainable!r}; accepted are True and False")
     folder = open_folder(path, name)
     folder.check(model)
     head = folder.read_head(model, wiring)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -223,8 +224,8 @@ class Captured:
     def _state(self) -> tuple[Any, ...]:
         """What a graph holds of the weights: addresses, and what was folded or packed of their values."""
         found: list[Any] = [folded.generation()]
-        for p in self._model.parameters():
-            found += (p.data_ptr(), None if p.is_inference() else p._version)
+        for t in chain(self._model.parameters(), self._model.buffers()):  # a mask of neurons is a buffer
+            found += (t.data_ptr(), None if t.is_inference() else t._version)
         return tuple(found)
 
     def _actives(self) -> Iterable[Any]:

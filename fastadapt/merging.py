@@ -11,6 +11,7 @@ from torch import nn
 from fastadapt.adapt import check_owner, check_unrouted, engage_names, names_of
 from fastadapt.config import LoRAConfig
 from fastadapt.models import wiring_of
+from fastadapt.modules.labels import labels_of
 from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.lora import LoRA
 from fastadapt.modules.merged import Merged
@@ -142,6 +143,8 @@ def merge_for_good(model: nn.Module, wiring: Wiring) -> None:
     with torch.no_grad():
         for target, value in writes:
             target.copy_(value)
+    if head is not None:
+        container.base_labels = labels_of(container, container[container.active])
     container.merged.wake()
 
 

@@ -15,14 +15,14 @@ from fastadapt.adapt import (
     check_unmerged,
     engage_names,
     layers_to_skip,
-    remember_problem_type,
 )
 from fastadapt.config import FusionConfig, LoRAConfig, MAMConfig, MaskedAdapterConfig, PrefixConfig
 from fastadapt.models import wiring_of
 from fastadapt.modules.active import Active
+from fastadapt.modules.labels import labels_of, numbered, remember, show
 from fastadapt.modules.linear import engage
 from fastadapt.modules.routed import BeginRouted, CountChoices, Fork, Routed, RoutedHead, Table
-from fastadapt.modules.state import Adaptation, Adaptations, container_of
+from fastadapt.modules.state import Adaptation, Adaptations, Labels, container_of
 from fastadapt.modules.step import Step, set_hooks
 
 if TYPE_CHECKING:
@@ -126,11 +126,12 @@ class Routing:
             fork = Fork(table)
             for module in self._forks(base, by_path):
                 self._hooks.append(module.register_forward_pre_hook(fork, with_kwargs=True))
-        if "num_labels" in model.__dict__:
-            own = _labels(self._container, self.names[0])
-            model.num_labels = self._container.base_num_labels if own is None else own
-        if hasattr(model.config, "problem_type"):
-            model.config.problem_type = self._problem_type
+        show(model, self._container, self.names[0], self._labels(), self._problem_type)
+
+    def _labels(self) -> Labels:
+        """The names of the labels where all rows agree on them; else they are numbered."""
+        first, *others = (labels_of(self._container, None if n is None else self._container[n]) for n in self.names)
+        return first if all(each == first for each in others) else numbered(len(first[0]))
 
     def _let_train(self) -> None:
         """Where gradients are on, let those parameters require one that the rows train, and no other."""
@@ -249,10 +250,6 @@ def _problem_type(container: Adaptations, name: str | None) -> str | None:
     return container.base_problem_type if name is None else container[name].problem_type
 
 
-def _labels(container: Adaptations, name: str | None) -> int | None:
-    return container.base_num_labels if name is None else container[name].num_labels
-
-
 def _checked(
     model: nn.Module, wiring: Wiring, container: Adaptations | None, names: Any
 ) -> list[tuple[str | None, ...]]:
@@ -267,7 +264,7 @@ def _checked(
     check_owner(model, wiring)
     check_unmerged(model)
     if container.route is None:
-        remember_problem_type(model, container)
+        remember(model, container)
     else:
         container.route._remember()
     for name in distinct:

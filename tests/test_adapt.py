@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import warnings
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import (
     BertModel,
     ElectraForMaskedLM,
     PreTrainedModel,
+    TextClassificationPipeline,
 )
 
 import fastadapt as fa
@@ -191,7 +194,7 @@ def test_a_head_of_another_width(model_class):
     token = "Token" in model_class.__name__
     for name in ("five", None, "one", "own", "five"):
         fa.activate(model, name)
-        assert model.num_labels == width[name] and model.config.num_labels == 3
+        assert model.num_labels == model.config.num_labels == width[name]
         inputs = batch(model)
         shape = inputs["input_ids"].shape if token else (3,)
         if not token and name == "one":
@@ -220,6 +223,95 @@ def test_an_explicit_problem_type_belongs_to_the_models_own_head():
     assert model.config.problem_type == "multi_label_classification"
     fa.activate(model, "new")
     assert model.config.problem_type == "single_label_classification"
+
+
+NAMES = {0: "no", 1: "maybe", 2: "yes"}
+
+
+def named() -> nn.Module:
+    """A model whose own labels have names, with an active adaptation of five labels and one of three."""
+    model = make(id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
+    fa.adapt(model, fa.LoRAConfig(r=2), name="own")
+    return fa.adapt(model, fa.LoRAConfig(r=2), name="five", head=5)
+
+
+def numbers(count: int) -> dict[int, str]:
+    return {i: f"LABEL_{i}" for i in range(count)}
+
+
+def said(model: nn.Module) -> dict[int, str]:
+    """The labels' names, which the configuration has in both directions."""
+    assert model.config.label2id == {name: i for i, name in model.config.id2label.items()}
+    return model.config.id2label
+
+
+def test_names_of_labels_are_the_active_head_s():
+    model = make(id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
+    ids, names = model.config.id2label, model.config.label2id
+    fa.adapt(model, fa.LoRAConfig(r=2), name="own")
+    fa.adapt(model, fa.LoRAConfig(r=2), name="five", head=5)
+    pipeline = TextClassificationPipeline(model=model)
+    logits = model(**batch(model)).logits[:1].detach()
+    found = pipeline.postprocess({"logits": logits}, top_k=None)
+    assert {each["label"] for each in found} == set(numbers(5).values())
+    model.config.id2label = letters = dict(enumerate("abcde"))  # the user's own
+    model.config.label2id = {name: i for i, name in letters.items()}
+    for name, wanted in (("own", NAMES), ("five", letters), (["own", "five"], NAMES), (None, NAMES), ("five", letters)):
+        fa.activate(model, name)
+        assert said(model) == wanted and model.num_labels == len(wanted)
+    fa.remove(model, "five")
+    assert model.config.id2label is ids and model.config.label2id is names and ids == NAMES
+    fa.activate(model, "own")
+    fa.unload(model)
+    assert model.config.id2label is ids and model.config.label2id is names and ids == NAMES
+
+
+def test_what_is_written_of_a_configuration_names_the_base_s_labels(tmp_path):
+    model = named()
+    for module, folder in ((model, "model"), (model.bert, "bert"), (model.config, "config")):
+        module.save_pretrained(tmp_path / folder)
+        assert BertConfig.from_pretrained(tmp_path / folder).id2label == NAMES
+        assert said(model) == numbers(5)
+    stock = BertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(output(stock), output(make(id2label=NAMES)))
+
+
+def test_a_configuration_that_names_labels_in_one_direction(tmp_path):
+    model = make(id2label=NAMES)
+    assert model.config.label2id is None
+    for name, head in (("own", None), ("five", 5)):
+        fa.adapt(model, METHODS["pfeiffer"], name=name, head=head)
+    assert said(copy.deepcopy(model)) == numbers(5)
+    assert model.config.to_dict()["id2label"] == NAMES and model.config.to_dict()["label2id"] is None
+    fa.save(model, tmp_path, name="own")
+    assert said(fa.load(make(), tmp_path)) == NAMES
+    for name in ("own", None):
+        fa.activate(model, name)
+        assert model.config.id2label == NAMES and model.config.label2id is None
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_names_the_labels_on_its_own(duplicate, tmp_path):
+    model = named()
+    other = duplicate(duplicate(model))
+    fa.activate(model, None)
+    assert said(other) == numbers(5) and said(model) == NAMES
+    other.save_pretrained(tmp_path)
+    assert BertConfig.from_pretrained(tmp_path).id2label == NAMES
+    lone = duplicate(other.config)
+    assert lone.id2label == numbers(5) and lone.to_dict()["id2label"] == NAMES
+    names = other.config.id2label
+    assert said(fa.unload(other)) == NAMES
+    del other
+    assert duplicate(names) in (names, NAMES)
+
+
+def test_a_head_merged_for_good_takes_its_names_along():
+    model = named()
+    fa.activate(model, "own")
+    model.config.id2label = {0: "x", 1: "y", 2: "z"}
+    model.config.label2id = {"x": 0, "y": 1, "z": 2}
+    assert said(fa.unload(model, merge=True)) == {0: "x", 1: "y", 2: "z"}
 
 
 def test_a_given_head_is_used_as_it_is():
@@ -275,6 +367,16 @@ REFUSED = {
     "leave_out": (lambda m: fa.adapt(m, fa.HoulsbyConfig(leave_out=(3,))), ValueError, "leave_out.*0 to 2"),
     "factors": (lambda m: fa.adapt(m, fa.PfeifferConfig(reduction_factor={"0": 2})), ValueError, "reduction_factor"),
     "activate_unknown": (lambda m: fa.activate(m, "there"), ValueError, "name.*'there'.*'here'"),
+    "activate_mapping": (lambda m: fa.activate(m, {"here": 1}), ValueError, "name: got {'here': 1}; known are 'here'"),
+    "activate_nested": (
+        lambda m: fa.activate(m, [["here"], "b"]),
+        ValueError,
+        r"name: got \['here'\]; known are 'here'",
+    ),
+    "save_nowhere": (lambda m: fa.save(m, None, name="here"), TypeError, "path: got None; accepted is a folder's"),
+    "load_nothing": (lambda m: fa.load(m, None), TypeError, "path: got None; accepted is a folder's"),
+    "load_bytes": (lambda m: fa.load(m, b"here"), TypeError, "path: got b'here'; accepted is a folder's"),
+    "load_trainable": (lambda m: fa.load(m, ".", trainable="no"), TypeError, "trainable: got 'no'; accepted are True"),
     "activate_list": (lambda m: fa.activate(m, ["here"]), TypeError, "FusionConfig"),
     "skip_beyond": (lambda m: fa.activate(m, "here", skip_layers=[3]), ValueError, "skip_layers.*0 to 2"),
     "skip_text": (lambda m: fa.activate(m, None, skip_layers="01"), ValueError, "skip_layers"),
@@ -287,6 +389,12 @@ REFUSED = {
     "restore_inner": (lambda m: fa.restore(m.bert), ValueError, "BertModel belong to an adapted model"),
     "unload_inner": (lambda m: fa.unload(m.bert), ValueError, "BertModel belong to an adapted model"),
 }
+
+
+def test_what_is_no_model_has_no_adaptations():
+    for call in (fa.adaptations, lambda m: fa.remove(m, "a"), fa.eject):
+        with pytest.raises(TypeError, match="model: got NoneType; accepted is an nn.Module"):
+            call(None)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

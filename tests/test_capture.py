@@ -139,6 +139,8 @@ def test_changes_of_the_model_are_followed(traced):
         shake(model.fastadapt[name], seed=ord(name))
     fa.adapt(model, fa.FusionConfig(["a", "b"]), name="f")
     fa.adapt(model, fa.PrefixConfig(length=3, bottleneck=4), name="p")
+    fa.adapt(model, fa.MaskedAdapterConfig(bottleneck=8), name="n")
+    shake(model.fastadapt["n"], seed=7)
     given = inputs(model.eval(), 3, 10)
     captured = fa.capture(model, given)
     for change in (
@@ -154,6 +156,10 @@ def test_changes_of_the_model_are_followed(traced):
         lambda: shake(model.fastadapt["a"], seed=9),
         lambda: fa.activate(model, "p"),
         lambda: shake(model.fastadapt["p"], seed=10),
+        lambda: fa.eject(model, "p"),
+        lambda: fa.activate(model, "n"),
+        lambda: fa.keep_neurons(model, "n", torch.arange(8) < 3),
+        lambda: fa.keep_neurons(model, "n", torch.arange(8) > 5),
         lambda: overwrite(model.bert.encoder.layer[0].output.dense.weight) and fa.refresh(model),
         lambda: model.bfloat16().float(),
         lambda: fa.remove(model, "f"),

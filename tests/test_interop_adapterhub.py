@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -180,9 +181,19 @@ def test_names_of_labels_are_kept(tmp_path):
     assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1} and config["num_labels"] == 2
     file.write_text(json.dumps({**config, "label2id": {"no": 0, "yes": 1}}))
     again = fa.load(make(), tmp_path / "a")
-    assert again.num_labels == 2
+    assert again.num_labels == 2 and again.config.id2label == {0: "no", 1: "yes"}
     fa.save(again, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "head_config.json").read_text())["label2id"] == {"no": 0, "yes": 1}
+    for strange in (
+        ["no", "yes"],
+        {"no": 0},
+        {"no": 0, "yes": 2},
+        {"no": "0", "yes": "1"},
+        {"no": [0], "yes": 1},
+        None,
+    ):
+        file.write_text(json.dumps({**config, "label2id": strange}))
+        assert fa.load(make(), tmp_path / "a").config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_a_head_of_another_class_is_left_out_with_a_warning(tmp_path):
@@ -242,9 +253,20 @@ def evil_pickle(folder: Path) -> None:
     torch.save({"w": Path}, folder / "pytorch_adapter.bin")
 
 
+def nested(depth: int) -> dict:
+    config: dict = {}
+    for _ in range(depth):
+        config = {"method": "MAMConfig", "fields": {"prefix": config}}
+    return config
+
+
 BROKEN = {
     "no_config": (lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json"),
     "config_truncated": (lambda f: (f / "adapter_config.json").write_text('{"config": {'), "JSON"),
+    "config_deep": (lambda f: (f / "adapter_config.json").write_text('{"a":' * 2000 + "1" + "}" * 2000), "too deep"),
+    "config_nested": (lambda f: edit(f, config=nested(200)), "adapter_config.json is nested too deep.*64"),
+    "own_nested": (lambda f: (f / "fastadapt.json").write_text(json.dumps({"config": nested(200)})), "too deep"),
+    "head_deep": (lambda f: (f / "head_config.json").write_text("[" * 2000 + "]" * 2000), "head_config.json.*too deep"),
     "config_a_list": (lambda f: (f / "adapter_config.json").write_text("[]"), "JSON object"),
     "no_weights": (lambda f: (f / "adapter.safetensors").unlink(), "neither"),
     "truncated": (truncate, "truncated or corrupted"),
@@ -341,6 +363,151 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     fa.save(model, tmp_path / "a")
     assert (tmp_path / "a" / "adapter.safetensors").read_bytes() != old["adapter.safetensors"]
     assert (tmp_path / "a" / "notes.txt").exists()
+
+
+SAVES = {
+    "houlsby": METHODS["houlsby"],
+    "pfeiffer": METHODS["pfeiffer"],
+    "prefix": fa.PrefixConfig(length=2, bottleneck=4),
+    "lora": fa.LoRAConfig(r=2),
+    "bitfit": fa.BitFitConfig(),
+    "masked": fa.MaskedAdapterConfig(bottleneck=4),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+@pytest.fixture
+def two_saved(request, tmp_path):
+    """A model with adaptations x and y, folders of both, and the folder ``a`` of x with a file of another program's."""
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, kind in zip("xy", request.param, strict=True):
+            fa.adapt(model, SAVES[kind], name=name)
+            shake(model.fastadapt[name], seed=ord(name))
+            fa.save(model, tmp_path / name, name=name)
+        fa.save(model, tmp_path / "a", name="x")
+        (tmp_path / "a" / "notes.txt").write_text("the user's")
+        yield model
+
+
+two_of = pytest.mark.parametrize(
+    "two_saved",
+    [("houlsby", "houlsby"), ("houlsby", "pfeiffer"), ("pfeiffer", "houlsby"), ("lora", "lora"), ("houlsby", "lora"),
+     ("lora", "houlsby"), ("bitfit", "prefix"), ("prefix", "bitfit"), ("masked", "bitfit")],
+    ids="-".join, indirect=True,
+)  # fmt: skip
+
+
+@two_of
+def test_a_failure_between_two_files_leaves_the_old_folder(two_saved, tmp_path, monkeypatch):
+    old, replace = contents(tmp_path / "a"), os.replace
+    count = 0
+    while True:
+        left = [count]
+
+        def full_disk(source, target, left=left):
+            if left[0] == 0:
+                raise OSError("No space left on device")
+            left[0] -= 1
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full_disk)
+            try:
+                fa.save(two_saved, tmp_path / "a", name="y")
+                break
+            except OSError as error:
+                assert str(error) == "No space left on device"
+            assert contents(tmp_path / "a") == old
+            if count < len(contents(tmp_path / "y")):
+                with pytest.raises(OSError, match="No space"):
+                    fa.save(two_saved, tmp_path / "new", name="y")
+            assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "x", "y"]
+        count += 1
+    new = contents(tmp_path / "a")
+    assert count > len(contents(tmp_path / "y"))
+    assert new.items() >= (contents(tmp_path / "y") | {"notes.txt": b"the user's"}).items()
+
+
+@two_of
+def test_what_an_interrupted_save_leaves_is_refused(two_saved, tmp_path, monkeypatch):
+    """The folder as it is between any two steps."""
+    replace, seen = os.replace, []
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append(tmp_path / f"seen{len(seen)}")
+        shutil.copytree(tmp_path / "a", seen[-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        fa.save(two_saved, tmp_path / "a", name="y")
+    assert contents(seen.pop()) == contents(tmp_path / "a") and len(seen) > 2
+    for folder in seen:
+        with pytest.raises(ValueError, match=r"lacks fastadapt\.json|has none of .*adapter_config\.json"):
+            fa.load(make(), folder)
+
+
+def test_former_files_that_cannot_be_put_back_are_kept(tmp_path, monkeypatch):
+    model = fa.adapt(make(), METHODS["pfeiffer"], name="a")
+    fa.save(model, tmp_path / "a")
+    old, replace = contents(tmp_path / "a"), os.replace
+
+    def device_gone(source, target, seen=[]):  # noqa: B006
+        seen.append(target)
+        if len(seen) > 2:
+            raise OSError("device gone")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", device_gone)
+        patch.setattr(Path, "rename", device_gone)
+        with pytest.raises(OSError, match="device gone") as caught:
+            fa.save(model, tmp_path / "a")
+    (note,) = caught.value.__notes__
+    kept = contents(Path(note.rpartition(" lies in ")[2]))
+    assert len(kept) == 2 and contents(tmp_path / "a") | kept == old
+    with pytest.raises(ValueError, match=r"has none of .*adapter_config\.json"):
+        fa.load(make(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "fastadapt.safetensors", "adapter_model.bin"])
+def test_a_folder_in_a_file_s_place_is_refused(name, tmp_path):
+    model = fa.adapt(make(), fa.LoRAConfig(r=2), name="a")
+    fa.save(model, tmp_path / "a")
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    (tmp_path / "a" / name).mkdir()
+    old = {f.name: f.is_dir() or f.read_bytes() for f in (tmp_path / "a").iterdir()}
+    with pytest.raises(ValueError, match=f"path: .*{name} is a folder; accepted is a file"):
+        fa.save(model, tmp_path / "a")
+    assert {f.name: f.is_dir() or f.read_bytes() for f in (tmp_path / "a").iterdir()} == old
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("fastadapt.json", "has fastadapt.safetensors but lacks fastadapt.json"),
+        ("fastadapt.safetensors", "has fastadapt.json but lacks fastadapt.safetensors"),
+        ("adapter_config.json", "has adapter.safetensors but lacks adapter_config.json"),
+        ("adapter.safetensors", "has neither adapter.safetensors"),
+        ("head_config.json", "has model_head.safetensors but lacks head_config.json"),
+        ("model_head.safetensors", "has head_config.json but neither model_head.safetensors"),
+    ],
+)
+def test_a_lost_half_of_a_pair_is_missed(lost, message, tmp_path):
+    model = fa.adapt(make(), METHODS["houlsby"], name="a")
+    with pytest.warns(UserWarning, match="LayerNorms"):
+        fa.save(model, tmp_path / "a")
+    (tmp_path / "a" / lost).unlink()
+    other = make()
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=message):
+        fa.load(other, tmp_path / "a")
+    assert_unchanged(other, before)
 
 
 def test_saving_removes_what_an_earlier_adaptation_left(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -149,6 +151,35 @@ def test_a_lora_added_later_is_seen():
     torch.testing.assert_close(output(model), fused, **CLOSE)
     model.set_active_adapters(None)
     assert not torch.allclose(output(model), fused, atol=1e-3), "the case tests nothing"
+
+
+def test_a_deleted_adapter_is_let_go():
+    """Also where another has its name since, or a fusion that is left has mixed it."""
+    model = fa.accelerate(live(CONFIGS["pfeiffer"], ("a", "b")))
+    for setup in (adapters.Fuse("a", "b"), "b", "a"):
+        model.set_active_adapters(setup)
+        output(model)
+    layer = model.bert.encoder.layer[0].output
+    gone = [weakref.ref(layer.adapters[name]) for name in "ab"]
+    for name in "ab":
+        model.delete_adapter(name)
+    model.add_adapter("b", config=CONFIGS["pfeiffer"]())
+    output(model)
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    model.add_adapter("a", config=CONFIGS["pfeiffer"]())
+    model.eval().set_active_adapters(adapters.Fuse("a", "b"))
+    fused = output(model)
+    fusion = weakref.ref(layer.adapter_fusion_layer["a,b"])
+    fa.restore(model)
+    torch.testing.assert_close(output(model), fused, **CLOSE)
+    fa.accelerate(model)
+    output(model)
+    model.delete_adapter_fusion("a,b")
+    model.set_active_adapters("a")
+    output(model)
+    gc.collect()
+    assert fusion() is None
 
 
 @pytest.mark.parametrize("method", REFUSED)

@@ -368,6 +368,30 @@ def test_another_task_costs_no_walk_through_those_held(model_class, monkeypatch)
         fa.adapt(model, CONFIGS[name], name)
 
 
+def test_the_labels_names_are_those_that_all_rows_have():
+    model = make()
+    for name in "abc":
+        fa.adapt(model, fa.LoRAConfig(r=2), name=name, head=2)
+        if name != "c":
+            model.config.id2label, model.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    base, numbered = {i: f"LABEL_{i}" for i in range(3)}, {0: "LABEL_0", 1: "LABEL_1"}
+    for active in ("a", None):
+        fa.activate(model, active)
+        with pytest.raises(RuntimeError, match="an error"), fa.route(model, ["a", "b", "a"]):
+            assert model.config.id2label == {0: "no", 1: "yes"} and model.num_labels == 2
+            with fa.route(model, [None] * 3):
+                assert model.config.id2label == base and model.num_labels == 3
+            with fa.route(model, ["a", "c", "b"]):
+                assert model.config.id2label == numbered
+                assert model.config.to_dict()["id2label"] == base
+            assert model.config.id2label == {0: "no", 1: "yes"}
+            raise RuntimeError("an error")
+        assert model.config.id2label == ({0: "no", 1: "yes"} if active else base)
+    fa.activate(model, "c")
+    assert model.config.id2label == numbered
+    assert fa.unload(model).config.id2label == base
+
+
 def test_the_problem_type_is_found_in_the_batch_and_kept():
     model = adapted(["narrow", "lora"]).train()
     inputs = batch(model, rows=2, labels=True)

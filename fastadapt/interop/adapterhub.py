@@ -36,6 +36,8 @@ _CODECS: tuple[tuple[str | None, type, ModuleType], ...] = (
     ("union", MAMConfig, hub_union),
 )
 FUSION = hub_fusion.CONFIG  # announces a fusion's folder, whose files have names of their own
+ANNOUNCING = (own.CONFIG, CONFIG, FUSION)  # of a folder, ours and PEFT's too; what says more stands first
+_PAIRS = ((CONFIG, WEIGHTS, PICKLED_WEIGHTS), hub_fusion.FILES, heads.FILES, own.FILES)
 
 
 def codec_of(config: Any) -> ModuleType | None:
@@ -110,7 +112,7 @@ def save(
             "AdapterHub would compute something else from this folder in training",
             stacklevel=3,
         )
-    write_folder(folder, files, FILES)
+    write_folder(folder, files, FILES, ANNOUNCING)
 
 
 def _own_state(adaptation: Adaptation) -> dict[str, Tensor]:
@@ -122,6 +124,10 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for config, *weights in _PAIRS:
+            lone = next((name for name in weights if (folder / name).is_file()), None)
+            if lone is not None and not (folder / config).is_file():
+                raise ValueError(f"path: {folder} has {lone} but lacks {config}; accepted is a folder with both")
         self.own_config = read_json(folder / own.CONFIG) if (folder / own.CONFIG).is_file() else {}
         self.own_weights: dict[str, Tensor] = {}
         if self.own_config:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+_DEEPEST = 64  # nesting of a JSON file; what reads it further on recurses
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path: got {path!r}; accepted is a folder's, as a str or an os.PathLike") from None
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"path: {path} cannot be read as JSON: {error}") from error
+    except RecursionError:
+        raise _too_deep(path) from None
     if not isinstance(content, dict):
         raise ValueError(f"path: {path} holds a {type(content).__name__}; accepted is a JSON object")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for inside in values for value in inside if isinstance(value, (dict, list))]
+    if level:
+        raise _too_deep(path)
     return content
+
+
+def _too_deep(path: Path) -> ValueError:
+    return ValueError(f"path: {path} is nested too deep; accepted is JSON of at most {_DEEPEST} levels")
 
 
 def read_tensors(folder: Path, safe_name: str, pickle_name: str | None = None) -> dict[str, Tensor] | None:
@@ -52,32 +74,69 @@ def read_tensors(folder: Path, safe_name: str, pickle_name: str | None = None) -
     return tensors
 
 
-def write_folder(folder: Path, files: dict[str, dict[str, Any]], stale: tuple[str, ...]) -> None:
-    """Write JSON (``*.json``) and safetensors files into a folder.
+def write_folder(
+    folder: Path, files: dict[str, dict[str, Any]], stale: tuple[str, ...], announcing: tuple[str, ...]
+) -> None:
+    """Write JSON (``*.json``) and safetensors files into a folder, all of them or none.
 
-    All are written beside it first and then moved in, each in one step; a failure on the way leaves the folder as it
-    was. Files named in ``stale`` and not written now are removed, other files stay.
+    Files named in ``stale`` and not written now are removed, other files stay. A failure on the way leaves the folder
+    as it was; after a kill, what it held lies in a hidden folder beside it.
+
+    Args:
+        announcing: names of the files without which a folder is refused, the most telling first.
+
+    Raises:
+        ValueError: where a folder has the name of one of these files; nothing is written.
     """
+    names = list(dict.fromkeys((*announcing, *files, *stale)))
+    for name in names:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise ValueError(f"path: {folder / name} is a folder; accepted is a file of this name, or none")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = beside / "new", beside / "old"
+    moves: list[tuple[Path, Path]] = []
+    whole, made = True, not folder.exists()
     try:
+        new.mkdir()
+        old.mkdir()
         for name, content in files.items():
             if name.endswith(".json"):
                 text = json.dumps(content, indent=2, sort_keys=True)
-                (beside / name).write_text(text + "\n", encoding="utf-8")
+                (new / name).write_text(text + "\n", encoding="utf-8")
             else:
                 # Copies: safetensors refuses tensors that share memory, and any that are not contiguous.
                 tensors = {key: t.detach().cpu().contiguous().clone() for key, t in content.items()}
-                save_file(tensors, beside / name, metadata={"format": "pt"})
+                save_file(tensors, new / name, metadata={"format": "pt"})
         folder.mkdir(exist_ok=True)
-        # Weights before the configuration that announces them.
-        for name in sorted(files, key=lambda n: n.endswith(".json")):
-            os.replace(beside / name, folder / name)
-        for name in stale:
-            if name not in files:
-                (folder / name).unlink(missing_ok=True)
+        # No file system replaces several files in one step. So what announces the others leaves first and comes last:
+        # in between, no reader takes it for an adaptation that it never held. Digests would tell ours alone, forbid to
+        # edit a label's name by hand, and find no room in PEFT's configuration.
+        moves += [(folder / name, old / name) for name in names if os.path.lexists(folder / name)]
+        moves += [(new / name, folder / name) for name in reversed(names) if name in files]
+        for source, target in moves:
+            os.replace(source, target)
+    except BaseException as error:
+        whole = False  # until it is put back, what lies beside is all that is left of it
+        try:
+            _move_back(moves)
+            whole = True
+            if made:
+                with suppress(OSError):  # it was never made, or another program has put something into it
+                    folder.rmdir()
+        except OSError as second:
+            error.add_note(f"{folder} could not be put back ({second}): what it held lies in {old}")
+        raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if whole:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _move_back(moves: list[tuple[Path, Path]]) -> None:
+    """Undo those moves that were made, the last one first."""
+    for source, target in reversed(moves):
+        if not os.path.lexists(source):
+            target.rename(source)
 
 
 def fitting(folder: Path, name: str, found: Tensor | None, parameter: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastadapt.interop.files import fitting, read_json, read_tensors
 from fastadapt.models.head import make_head, parts_of
 from fastadapt.models.wiring import Wiring
-from fastadapt.modules.state import Adaptation, own_labels
+from fastadapt.modules.labels import labels_of
+from fastadapt.modules.state import Adaptation, container_of, own_labels
 
 CONFIG = "head_config.json"
 WEIGHTS, PICKLED_WEIGHTS = "model_head.safetensors", "pytorch_model_head.bin"
@@ -27,11 +28,9 @@ def files_of(
     head = adaptation.own_head()
     if not rebuildable(model, wiring, adaptation, name):
         return {}, None if head is None else type(head).__name__
-    labels = adaptation.label2id or model.config.label2id
-    count = len(labels) if adaptation.num_labels is None else adaptation.num_labels
-    if count != len(labels):
-        labels = {f"LABEL_{i}": i for i in range(count)}
-    config = {**meta, "name": None, "config": None, "num_labels": count, "label2id": labels}
+    ids, _ = labels_of(container_of(model), adaptation)
+    names = {name: i for i, name in ids.items()}
+    config = {**meta, "name": None, "config": None, "num_labels": len(ids), "label2id": names}
     return {CONFIG: config, WEIGHTS: dict(parameters(model, wiring, head))}, None
 
 
@@ -61,6 +60,8 @@ class StoredHead:
         self.folder, self.name, self.unsaved = folder, name, unsaved
         self.config: dict[str, Any] = {}
         self.weights: dict[str, Tensor] | None = None
+        if (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, PICKLED_WEIGHTS)):
+            raise ValueError(f"path: {folder} has {CONFIG} but neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
     def read(self, model: nn.Module, wiring: Wiring) -> int | None:
         """Read it where it fits the model; its number of labels where that differs from the model's own."""
@@ -91,7 +92,9 @@ class StoredHead:
         if self.weights is None:
             return []
         head = adaptation.own_head()
-        adaptation.label2id = self.config.get("label2id")
+        names = self.config.get("label2id")
+        if isinstance(names, dict) and all(isinstance(i, int) for i in names.values()):
+            adaptation.label2id = names
         given = dict(self.weights)
         pending = []
         for key, parameter in parameters(model, wiring, head):

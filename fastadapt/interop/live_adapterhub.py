@@ -186,6 +186,20 @@ class HubOutput(HubSublayer, FusedOutput):
             raise IndexError(f"batch_sizes: of the active BatchSplit sum to {given}; accepted is {rows}, the batch's")
         return super().forward(hidden_states, input_tensor)
 
+    def _look(self) -> str | None:
+        self._drop_deleted()
+        return super()._look()
+
+    def _drop_deleted(self) -> None:
+        """Keep no view of what the library has deleted, or replaced under its name: it would stay in memory."""
+        views, mixes = (self.__dict__.get(kept, {}) for kept in ("_views", "_mixes"))
+        gone = {name for name, (adapter, _) in views.items() if self.adapters._modules.get(name) is not adapter}
+        for name in gone:
+            del views[name]
+        for key, (layer, _) in list(mixes.items()):
+            if self.adapter_fusion_layer._modules.get(key) is not layer or not gone.isdisjoint(key.split(",")):
+                del mixes[key]
+
     def _look_here(self, names: tuple[str, ...], block: Any, actives: Sequence[Active]) -> str | None:
         if self.get_active_setup() is None:
             return None

@@ -82,7 +82,7 @@ def save(model: nn.Module, wiring: Wiring, adaptation: Adaptation, folder: Path,
         base=getattr(model.config, "_name_or_path", None) or None,
         saved=saved,
     )
-    write_folder(folder, {CONFIG: content, WEIGHTS: weights}, (*FILES, *adapterhub.FILES))
+    write_folder(folder, {CONFIG: content, WEIGHTS: weights}, (*FILES, *adapterhub.FILES), adapterhub.ANNOUNCING)
 
 
 def _tensor_at(module: nn.Module, key: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from fastadapt.modules.active import Active, Part
 from fastadapt.modules.merged import Merged
 
+Labels = tuple[dict[int, str], dict[str, int] | None]  # a configuration's id2label and label2id
 CONTAINER = "fastadapt"  # the one child that a model gains, and the prefix of its keys
 
 
@@ -106,6 +107,8 @@ class Adaptations(nn.Module):
         self.base_requires_grad: dict[str, bool] = {}  # before the first adaptation froze them
         self.base_problem_type: str | None = None
         self.base_num_labels: int | None = None
+        self.base_labels: Labels | None = None  # the configuration's names of them
+        self.shown: Labels | None = None  # what it was last made to say
         self.loss_waits = False  # whether a forward made an auxiliary loss that nobody has taken
 
     route: Any = None  # the Routing in place, while fa.route lasts
