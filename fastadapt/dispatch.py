@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
@@ -32,6 +33,7 @@ _MODULES = {
     "cuda": "fastadapt.backends.cuda",
 }
 _loaded: dict[str, ModuleType | str] = {}  # the module, or why it can't be loaded
+_func_transforms = torch._C._are_functorch_transforms_active
 
 
 def _validated(name: str, source: str) -> str:
@@ -62,11 +64,22 @@ def prepare() -> None:
                 load(name)
 
 
+def transformed() -> bool:
+    """Whether this call runs under forward-mode AD or a transform of ``torch.func``.
+
+    A kernel would lose the tangents, and knows no batching rule: the reference's steps are PyTorch's own, which do.
+    Code that is being compiled says no, as it traces ops and not values.
+    """
+    return not torch.compiler.is_compiling() and (_func_transforms() or forward_ad._current_level >= 0)
+
+
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str | None:
     """Why backend ``name`` can't serve this call; None where it can."""
     module = load(name)
     if isinstance(module, str):
         return module
+    if name != "reference" and transformed():
+        return "forward-mode AD and the transforms of torch.func are the reference's alone (fa.backend('reference'))"
     return module.refusal(op, device_type, dtype, facts)
 
 
@@ -123,6 +136,8 @@ def native(x: torch.Tensor, dropout_p: float = 0.0) -> ModuleType | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:
         return None
     if _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
+        return None
+    if _func_transforms() or forward_ad._current_level >= 0:
         return None
     module = _loaded.get("cpu") or load("cpu")
     return module if isinstance(module, ModuleType) else None

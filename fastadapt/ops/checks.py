@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastadapt import dispatch
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -96,4 +98,6 @@ def flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a call needs the op's own backward; under a transform PyTorch differentiates the reference itself."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not dispatch.transformed()
