@@ -80,7 +80,7 @@ ACTIVATIONS: tuple[str, ...] = tuple(_TABLE)
 
 def canonical(name: str) -> str:
     """The table's name for ``name``; raises ``ValueError`` that lists what is accepted."""
-    key = name.lower() if isinstance(name, str) else name
+    key = name.lower() if isinstance(name, str) else ""
     key = _ALIASES.get(key, key)
     if key not in _TABLE:
         accepted = ", ".join(sorted({*_TABLE, *_ALIASES}))

@@ -20,6 +20,13 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {x.dtype}; accepted are float32, bfloat16, float16 and float64")
 
 
+def activations(name: str, x: Tensor) -> None:
+    """What an op reads as rows: floating, [..., H]."""
+    floating(name, x)
+    if x.dim() < 1:
+        raise ValueError(f"{name}: got a 0-d tensor; accepted is [..., H]")
+
+
 def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:
     """Dtype, shape and device of a parameter; None passes."""
     if x is None:
@@ -29,6 +36,14 @@ def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is {expected}")
     if x.device != device:
         raise ValueError(f"{name}: is on {x.device}, but x is on {device}; move one of them")
+
+
+def scale(name: str, x: Tensor, hidden: int, device: torch.device) -> None:
+    """A scale that is a tensor."""
+    accepted = ((), (1,), (hidden,))
+    if tuple(x.shape) not in accepted:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted are a float, [1] and [{hidden}]")
+    shape(name, x, tuple(x.shape), device)
 
 
 def like(name: str, x: Tensor | None, reference: Tensor) -> None:
@@ -66,6 +81,13 @@ def number(name: str, value: float, accepted: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; accepted is {accepted}")
     return float(value)
+
+
+def count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}; accepted is an int from 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; accepted is an int from 1")
 
 
 def probability(name: str, p: float) -> float:

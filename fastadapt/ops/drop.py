@@ -21,7 +21,7 @@ def drop(x: Tensor, dropout_p: float, *, seed: int | Tensor | None = None) -> Te
     Returns:
         A tensor like x; x itself where ``dropout_p`` is 0.
     """
-    checks.floating("x", x)
+    checks.activations("x", x)
     dropout_p = checks.probability("dropout_p", dropout_p)
     seed = resolve_seed(seed, dropout_p, x.device)
     if seed is None:
