@@ -70,9 +70,9 @@ def transformed() -> bool:
     """Whether this call runs under forward-mode AD or a transform of ``torch.func``.
 
     A kernel would lose the tangents, and knows no batching rule: the reference's steps are PyTorch's own, which do.
-    Code that is being compiled says no, as it traces ops and not values.
+    Code that is being compiled can ask for forward-mode AD alone.
     """
-    return not is_compiling() and (_func_transforms() or forward_ad._current_level >= 0)
+    return forward_ad._current_level >= 0 or (not is_compiling() and _func_transforms())
 
 
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str | None:

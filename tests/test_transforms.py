@@ -123,6 +123,22 @@ def test_a_tangent_that_comes_in_backward_alone_is_refused():
         torch.autograd.grad(y, x, torch.randn_like(y), retain_graph=True)  # nothing is lost here
 
 
+def test_compiled_code_keeps_tangents_too():
+    x, w = torch.randn(2, H), torch.randn(N, H)
+
+    def f(x: Tensor) -> Tensor:
+        return fa.ops.linear(x, w, activation="gelu")
+
+    def of_dual(x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+    expected = jvp(f, (x,), (x,))[1]
+    with torch.no_grad():
+        for g in (of_dual, lambda x: jvp(f, (x,), (x,))[1]):
+            torch.testing.assert_close(torch.compile(g, backend="eager")(x), expected)
+
+
 # -- models --------------------------------------------------------------------------------------------------------
 
 METHODS = {
