@@ -16,6 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
@@ -32,6 +35,7 @@ _MODULES = {
     "cuda": "fastadapt.backends.cuda",
 }
 _loaded: dict[str, ModuleType | str] = {}  # the module, or why it can't be loaded
+_func_transforms = torch._C._are_functorch_transforms_active
 
 
 def _validated(name: str, source: str) -> str:
@@ -62,11 +66,22 @@ def prepare() -> None:
                 load(name)
 
 
+def transformed() -> bool:
+    """Whether this call runs under forward-mode AD or a transform of ``torch.func``.
+
+    A kernel would lose the tangents, and knows no batching rule: the reference's steps are PyTorch's own, which do.
+    Code that is being compiled can ask for forward-mode AD alone.
+    """
+    return forward_ad._current_level >= 0 or (not is_compiling() and _func_transforms())
+
+
 def refusal(name: str, op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> str | None:
     """Why backend ``name`` can't serve this call; None where it can."""
     module = load(name)
     if isinstance(module, str):
         return module
+    if name != "reference" and transformed():
+        return "forward-mode AD and the transforms of torch.func are the reference's alone (fa.backend('reference'))"
     return module.refusal(op, device_type, dtype, facts)
 
 
@@ -101,28 +116,31 @@ def pick(op: str, device_type: str, dtype: torch.dtype, **facts: Any) -> Callabl
     return kernel(serving(op, device_type, dtype, **facts), op)
 
 
-def straight(call: Callable[..., Any], x: torch.Tensor, dropout_p: float, *arguments: Any) -> Any:
+def straight(call: Callable[..., Any], x: Tensor, dropout_p: float, *arguments: Any) -> Any:
     """``call(kernels, x, *arguments)`` where a call with ``x`` may go straight to the C++ kernels, else None.
 
     They check what they are given, in no time, where Python's checks take as long as a small product. None too is what
-    they refuse: the op's common way serves it otherwise, or says what is wrong.
+    they refuse, or ``call`` does: the op's common way serves it otherwise, or says what is wrong.
     """
     kernels = native(x, dropout_p)
     if kernels is None:
         return None
     try:
         return call(kernels, x, *arguments)
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # of kernels, and of what is no tensor
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 
 
-def native(x: torch.Tensor, dropout_p: float = 0.0) -> ModuleType | None:
+def native(x: Tensor, dropout_p: float = 0.0) -> ModuleType | None:
     """The C++ kernels, where ``x`` is of an inference on a CPU without dropout and autocast that forces no other."""
     if type(dropout_p) is not float or dropout_p != 0.0:
         return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or not x.is_cpu:
+    # Every op asks this at every call, and so these functions are looked up in no module of torch's.
+    if is_grad_enabled() or is_compiling() or not isinstance(x, Tensor) or not x.is_cpu:
         return None
-    if _forced not in (None, "cpu") or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
+    if _forced not in (None, "cpu") or is_autocast_enabled("cpu") or not x.is_contiguous():
+        return None
+    if _func_transforms() or forward_ad._current_level >= 0:
         return None
     module = _loaded.get("cpu") or load("cpu")
     return module if isinstance(module, ModuleType) else None
@@ -170,7 +188,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def forget(tensors: list[torch.Tensor]) -> int:
+def forget(tensors: list[Tensor]) -> int:
     """Drop the packed copies that backends hold of these tensors; returns how many there were."""
     dropped = 0
     for module in _loaded.values():

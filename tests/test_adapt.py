@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -20,6 +21,7 @@ from transformers import (
     BertModel,
     ElectraForMaskedLM,
     PreTrainedModel,
+    RobertaForMaskedLM,
     TextClassificationPipeline,
 )
 
@@ -337,6 +339,65 @@ def test_a_tied_head_stays_tied_and_is_not_counted(model_class):
     assert len(names) == len([n for n, _ in model.fastadapt.named_parameters(remove_duplicate=False)])
     steps(model)
     assert torch.equal(embeddings, make(model_class).get_input_embeddings().weight)
+
+
+LANGUAGE_MODELS = (BertForMaskedLM, RobertaForMaskedLM, ElectraForMaskedLM)
+
+
+def _with_tied_head(model_class, seed=0):
+    model = fa.adapt(make(model_class, seed), METHODS["pfeiffer"], name="a")
+    shake(model.fastadapt)
+    return model
+
+
+@pytest.mark.parametrize("size", [104, 90])
+@pytest.mark.parametrize("model_class", LANGUAGE_MODELS, **by_name)
+def test_a_tied_head_follows_a_vocabulary_of_another_size(model_class, size):
+    model, kept = _with_tied_head(model_class), min(size, 96)
+    keys, ids = list(model.state_dict()), batch(model)["input_ids"].clamp(max=kept - 1)
+    before = output(model, input_ids=ids)
+    biases = {n: p for n, p in model.fastadapt.named_parameters() if p.shape == (96,)}
+    assert len(biases) == 1
+    model.resize_token_embeddings(size, mean_resizing=False)
+    logits = output(model, input_ids=ids)
+    assert logits.shape[-1] == size and list(model.state_dict()) == keys
+    torch.testing.assert_close(logits[..., :kept], before[..., :kept])
+    for name, p in biases.items():
+        assert model.fastadapt.get_parameter(name) is p and p.shape == (size,)
+    with fa.route(model, ["a", None, "a"]):
+        assert model(ids).logits.shape[-1] == size
+    steps(model)
+
+
+@pytest.mark.parametrize("model_class", LANGUAGE_MODELS, **by_name)
+def test_a_tied_head_reads_what_lies_there_now(model_class):
+    model, other = _with_tied_head(model_class), _with_tied_head(model_class, seed=1)
+    state = {key: t.clone() for key, t in other.state_dict().items()}
+    expected = output(other)
+    once = {key: state[key] for key, _ in model.named_parameters()}  # not by the names of what is tied to them
+    called = functional_call(model, once, kwargs=batch(model), tie_weights=True)[0]
+    torch.testing.assert_close(called, expected)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    torch.testing.assert_close(output(model), expected)
+    assert list(model.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+@pytest.mark.parametrize("model_class", LANGUAGE_MODELS, **by_name)
+def test_a_tied_head_is_tied_to_its_own_model_in_a_copy(model_class, duplicate):
+    model = _with_tied_head(model_class)
+    before, second = output(model), duplicate(model)
+    assert torch.equal(output(second), before)
+    with torch.no_grad():
+        second.get_input_embeddings().weight.mul_(2)
+    assert torch.equal(output(model), before)
+    stock = make(model_class)
+    with torch.no_grad():
+        stock.get_input_embeddings().weight.mul_(2)
+    fa.adapt(stock, METHODS["pfeiffer"], name="a").load_state_dict(second.state_dict())
+    assert torch.equal(output(second), output(stock))
 
 
 def test_the_copy_of_a_head_is_the_models_own_not_the_active_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, callable]:
     mask = torch.ones(2, 1, 1, 3, dtype=torch.bool)
     adapter = {"residual": residual, "norm_weight": norm, "norm_bias": b_up}
     return {
-        "linear": lambda **o: fa.ops.linear(o.get("x", x), o.get("w", w), b, activation="gelu"),
+        "linear": lambda **o: fa.ops.linear(o.get("x", x), o.get("w", w), b, activation=o.get("activation", "gelu")),
         "packed": lambda **o: fa.ops.linear(o.get("x", x), [w, o.get("w", w)], [None, b]),
         "lora": lambda **o: fa.ops.linear(o.get("x", x), o.get("w", w), b, loras=[lora]),
         "rows": lambda **o: fa.ops.linear(
@@ -134,14 +135,20 @@ def _calls(dtype: torch.dtype = torch.float32) -> dict[str, callable]:
         "bottleneck": lambda **o: fa.ops.bottleneck(
             o.get("x", x), o.get("w", down), b_down, up, b_up, **{**adapter, **o.get("more", {})}
         ),
-        "scaled": lambda **o: fa.ops.bottleneck(o.get("x", x), down, None, up, None, scale=norm, skip=False),
+        "scaled": lambda **o: fa.ops.bottleneck(
+            o.get("x", x), down, None, up, None, scale=o.get("scale", norm), skip=False
+        ),
         "bottleneck_rows": lambda **o: fa.ops.bottleneck_rows(
-            o.get("x", x), slots, o.get("rows", rows), residual=o.get("more", adapter)["residual"]
+            o.get("x", x), [replace(slots[0], **o.get("slot", {})), slots[1]], o.get("rows", rows),
+            residual=o.get("more", adapter)["residual"], eps=o.get("eps", 1e-12),
         ),
         "add_norm": lambda **o: fa.ops.add_norm(
             o.get("x", x), o.get("more", adapter)["residual"], o.get("w", norm), b_up, eps=o.get("eps", 1e-12)
         ),
-        "attention": lambda **o: fa.ops.attention(o.get("x", draw(2, 3, 3 * H)), 4, prefix=draw(2, 5, H), mask=mask),
+        "attention": lambda **o: fa.ops.attention(
+            o.get("x", draw(2, 3, 3 * H)), o.get("heads", 4), prefix=o.get("prefix", draw(2, 5, H)),
+            mask=o.get("mask", mask), scale=o.get("scale"),
+        ),
     }  # fmt: skip
 
 
@@ -164,16 +171,27 @@ def test_the_short_way_gives_the_same(op, dtype, monkeypatch):
 
 
 BAD = {
-    "linear": [{"w": torch.zeros(N, H - 1)}, {"w": torch.zeros(N, H, dtype=torch.int64)}, {"x": [1.0]}],
-    "lora": [{"w": torch.zeros(N + 1, H)}, {"x": torch.zeros(2, 3, H + 1)}],
+    "linear": [{"w": torch.zeros(N, H - 1)}, {"w": torch.zeros(N, H, dtype=torch.int64)}, {"x": [1.0]},
+               {"x": torch.tensor(1.0)}, {"w": torch.zeros(N, H, device="meta")}, {"activation": ["gelu"]}],
+    "lora": [{"w": torch.zeros(N + 1, H)}, {"x": torch.zeros(2, 3, H + 1)}, {"w": torch.zeros(N, H, device="meta")}],
     "rows": [{"rows": torch.tensor([0, 2])}, {"rows": [1, 0]}, {"rows": torch.tensor([0, 1, 0])},
-             {"rows": torch.tensor([0.0, 1.0])}],
+             {"rows": torch.tensor([0.0, 1.0])}, {"rows": torch.tensor([0, 1], device="meta")}],
     "bottleneck": [{"w": torch.zeros(B, H + 1)}, {"more": {"residual": torch.zeros(3, 2, H)}},
-                   {"more": {"norm_bias": None}}, {"more": {"residual": [1.0]}}],
-    "bottleneck_rows": [{"rows": torch.tensor([0])}, {"more": {"residual": torch.zeros(6, H)}}],
-    "add_norm": [{"w": torch.zeros(H + 1)}, {"eps": -1.0}, {"eps": float("nan")},
-                 {"more": {"residual": torch.zeros(3, 2, H)}}],
-    "attention": [{"x": torch.zeros(2, 3, 90)}, {"x": torch.zeros(6, 96)}],
+                   {"more": {"norm_bias": None}}, {"more": {"residual": [1.0]}}, {"x": torch.tensor(1.0)},
+                   {"more": {"skip": 1}}, {"more": {"skip": None}}, {"more": {"scale": True}}, {"more": {"eps": True}},
+                   {"w": torch.zeros(B, H, device="meta")}],
+    "scaled": [{"scale": torch.zeros(H + 1)}, {"scale": torch.zeros(H, device="meta")},
+               {"scale": torch.zeros(H, dtype=torch.int64)}],
+    "bottleneck_rows": [{"rows": torch.tensor([0])}, {"more": {"residual": torch.zeros(6, H)}}, {"eps": True},
+                        {"x": torch.tensor(1.0)}, {"slot": {"scale": True}}, {"slot": {"dropout_p": False}},
+                        {"slot": {"scale": torch.zeros(H, device="meta")}}],
+    "add_norm": [{"w": torch.zeros(H + 1)}, {"eps": -1.0}, {"eps": float("nan")}, {"eps": True},
+                 {"more": {"residual": torch.zeros(3, 2, H)}}, {"x": torch.tensor(1.0)},
+                 {"w": torch.zeros(H, device="meta")}],
+    "attention": [{"x": torch.zeros(2, 3, 90)}, {"x": torch.zeros(6, 96)}, {"x": torch.tensor(1.0)},
+                  {"heads": 0}, {"heads": -4}, {"heads": 4.0}, {"heads": True}, {"scale": "a"}, {"scale": True},
+                  {"mask": torch.zeros(2, 1, 1, 3, device="meta")}, {"mask": [0.0]}, {"mask": torch.zeros(2, 1, 1, 4)},
+                  {"prefix": torch.zeros(2, 5, H, device="meta")}],
 }  # fmt: skip
 
 
@@ -189,6 +207,21 @@ def test_what_is_wrong_is_named_alike_on_both_ways(op, bad, monkeypatch):
         said.append((type(caught.value), str(caught.value)))
     assert said[0] == said[1]
     assert "accepted" in said[0][1] or "move one" in said[0][1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_dropout_of_no_dimensions_is_named(p):
+    with pytest.raises(ValueError, match="x: got a 0-d tensor"):
+        fa.ops.drop(torch.tensor(1.0), p)
+
+
+@pytest.mark.parametrize("op", _kernels())
+def test_no_kernel_takes_a_tensor_without_data_beside_others(op):
+    """Such a call comes to what says which shapes an op gives: it would give back memory that nobody wrote."""
+    arguments, kernel = _kernels()[op], getattr(cpu, op)
+    for place, given in _tensors(arguments)[1:]:
+        with pytest.raises(ValueError, match="meta beside one on cpu"):
+            kernel(*_with(arguments, place, given.to("meta")))
 
 
 def test_the_short_way_is_for_plain_inference_on_a_cpu():

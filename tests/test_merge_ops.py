@@ -453,6 +453,34 @@ def test_residues_that_do_not_belong_are_refused():
     assert all_same(weights, merged)
 
 
+PLACES = {
+    "negative": (lambda index: [-1, *index[1:]], r"index\[0\] is -1; "),
+    "past the end": (lambda index: [*index[:-1], 910], r"index\[\d+\] is 910 after \d+; "),
+    "not ascending": (lambda index: index[::-1], r"index\[1\] is \d+ after \d+; "),
+    "twice": (lambda index: index[:1] * len(index), r"index\[1\] is \d+ after \d+; "),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.backend != "cpu"], ids=str)
+def test_a_residue_that_lists_no_weights_of_its_matrix_is_refused(runner, what):
+    weights = hard_weights(((5, 7), (7, 130)), torch.float32, runner.device)
+    weights[1].view(-1)[::100] = 1e-30  # tiny beside the update: such weights are listed
+    first, residues = update(weights, 2), []
+    with runner.running():
+        merge_(weights, *first, residues)
+        merged, good = clones(weights), residues[1]
+        assert good.index.numel() > 1
+        change, message = PLACES[what]
+        broken = [residues[0], Residue(good.codes, good.index.new_tensor(change(good.index.tolist())), good.bits)]
+        with pytest.raises(ValueError, match=rf"^residues\[1\]: {message}.*0 to 909.*nothing was changed"):
+            unmerge_(weights, *first, broken)
+        with pytest.raises(ValueError, match=rf"^old_residues\[1\]: {message}"):
+            swap_(weights, *first, broken, *first, [])
+        assert all_same(weights, merged)
+        unmerge_(weights, *first, residues)
+
+
 # -- as PyTorch expects it ---------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastadapt.models.wiring import Wiring
+from fastadapt.modules.heads import Place, tie
 from fastadapt.modules.state import base_modules, own_labels
 
 
@@ -49,31 +50,31 @@ def copy_head(model: nn.Module, wiring: Wiring, slots: dict[str, nn.Module]) -> 
     """Copies of the model's own head, of the original classes.
 
     What is tied to the rest of the model (a language-model head's matrix is the word embeddings) stays tied, and is no
-    parameter of the copy: it is neither trained nor stored with it.
+    parameter of the copy: it is neither trained nor stored with it. The copy reads it where the model's own head does,
+    and a second name for a tensor where the first one is.
     """
     inside = {id(m) for slot in slots.values() for m in slot.modules()}
     others = [m for _, m in base_modules(model) if id(m) not in inside]
     outside = {id(p) for m in others for p in m._parameters.values() if p is not None}
-    tied = {id(p): p for slot in slots.values() for p in slot.parameters() if id(p) in outside}
-    memo: dict[int, object] = dict(tied)
+    memo: dict[int, object] = {id(p): p for slot in slots.values() for p in slot.parameters() if id(p) in outside}
     for slot in slots.values():
         active = slot.__dict__.get("active_head")
         if active is not None:
             memo[id(active)] = None  # another adaptation's head is not copied along
-    seen: set[int] = set(tied)
+    first: dict[int, Place] = {}
     copies = {}
     for name, slot in slots.items():
         part = copy.deepcopy(slot, memo)
         part.__class__ = wiring.original.get(type(part), type(part))
         part.__dict__.pop("active_head", None)
-        for module in part.modules():
+        for path, module in part.named_modules():
             for key, parameter in list(module._parameters.items()):
                 if parameter is None:
                     continue
-                if id(parameter) in seen:  # a second name for the same tensor: readable, but not registered again
-                    del module._parameters[key]
-                    module.__dict__[key] = parameter
-                seen.add(id(parameter))
+                own = (module, "", key)
+                place = (slot, path, key) if id(parameter) in outside else first.setdefault(id(parameter), own)
+                if place is not own:
+                    tie(module, key, place)
         copies[name] = part
     return copies
 

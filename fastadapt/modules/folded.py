@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastadapt import dispatch
+
 Value = TypeVar("Value")
 
 _generation = 0  # of everything folded; moved by writes that no version counter shows
@@ -43,8 +45,11 @@ class Folded:
     def get(self, parameters: Sequence[Tensor], make: Callable[[], Value], *facts: Any) -> Value:
         """``make()``, without gradients and autocast, or what it gave while ``parameters`` and ``facts`` were the same.
 
-        Compiled code and parameters without a version counter are never served from memory.
+        Compiled code and parameters without a version counter are never served from memory. Under forward-mode AD and
+        transforms of ``torch.func``, which parameters can't tell of, it is made with what they carry.
         """
+        if dispatch.transformed():
+            return make()
         keyless = torch.compiler.is_compiling() or any(p.is_inference() for p in parameters)
         key = None if keyless else (_generation, facts, *((id(p), p._version, p.data_ptr()) for p in parameters))
         if key is None or key != self._key:

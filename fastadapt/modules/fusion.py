@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadapt import ops
+from fastadapt import dispatch, ops
 from fastadapt.config import FusionConfig
 from fastadapt.modules.active import Active, Part
 from fastadapt.modules.bottleneck import Site, norm_of_sum
@@ -130,6 +130,7 @@ class Fusion(Part):
         if self.config.mix != "attention":
             return self._summed(u, total, norm, borrowed, own)
         trains = adapters_train or (grad and (u.requires_grad or any(p.requires_grad for p in own)))
+        trains = trains or dispatch.transformed()  # what is folded for inference would lose tangents
         if not trains and (not self.training or self.dropout == 0.0):
             return _closed(self._inferred(u, borrowed, own), total, norm)
         stack = self._stacked() if adapters_train else self._folded_stack.get(borrowed, self._stacked)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadapt import dispatch
 from fastadapt.config import AdapterDrop
 from fastadapt.modules.active import Part
 from fastadapt.modules.state import container_of
@@ -233,7 +234,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
                 total = loss if total is None else total + loss
     if averaged:
         mean = sum(averaged[1:], averaged[0]) / len(averaged)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dispatch.transformed():
             mean = _Weighed.apply(torch.zeros((), requires_grad=True), mean, step, len(averaged))
         total = mean if total is None else total + mean
     return total

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadapt import ops
+from fastadapt import dispatch, ops
 from fastadapt.modules.active import Active
 from fastadapt.modules.bottleneck import Site, norm_alone
 from fastadapt.modules.linear import lost
@@ -59,7 +59,7 @@ def _trains(*linears: nn.Linear) -> str | None:
 
 def attention_runs_here(device: torch.device) -> bool:
     """Whether attention is the op; elsewhere it is PyTorch's own, whose kernels are as good as can be."""
-    return device.type == "cpu"
+    return device.type == "cpu" or dispatch.transformed()  # those have no forward-mode AD
 
 
 def _dropout(module: nn.Dropout) -> float:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from fastadapt import ops
+from fastadapt import dispatch, ops
 from fastadapt.modules.prefix import Prefix
 from fastadapt.modules.routed import Routed
 from fastadapt.modules.sublayers import FusedSelfAttention, FusedSublayer, Op
@@ -316,6 +316,8 @@ class NoteMask:
         _masks.noted.pop(encoder, None)
         given, mask = _masks.given.pop(encoder, None), _mask_of(args, kwargs)
         if mask is None or mask.dim() != 2 or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if dispatch.transformed():  # a mapped mask has no values to look at, and no memory of its own
             return
         # A model of several choices gives the base another view of its mask.
         unseen = given is not None and given.data_ptr() == mask.data_ptr() and given.numel() == mask.numel()

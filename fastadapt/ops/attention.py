@@ -55,6 +55,7 @@ def attention(
     if out is not None:
         return out
     checks.floating("qkv", qkv)
+    checks.count("heads", heads)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * heads):
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}; accepted is [B, S, 3H] with H a multiple of {heads} heads"
@@ -72,6 +73,8 @@ def attention(
         if prefix.device != qkv.device:
             raise ValueError(f"prefix: is on {prefix.device}, but qkv is on {qkv.device}; move one of them")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: got {type(mask).__name__}; accepted are None and a tensor")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"mask: got dtype {mask.dtype}; accepted are bool and floating")
         try:
@@ -80,8 +83,10 @@ def attention(
             raise ValueError(
                 f"mask: got shape {tuple(mask.shape)}; accepted is what broadcasts to {(batch, heads, length, length)}"
             ) from None
+        if mask.device != qkv.device:
+            raise ValueError(f"mask: is on {mask.device}, but qkv is on {qkv.device}; move one of them")
     seed = resolve_seed(seed, dropout_p, qkv.device)
-    scale = (width // 3 // heads) ** -0.5 if scale is None else scale
+    scale = (width // 3 // heads) ** -0.5 if scale is None else checks.number("scale", scale, "None or a number")
     qkv = qkv.to(checks.compute_dtype(qkv)).contiguous()
     if checks.differentiable(qkv, prefix):
         return _Attention.apply(qkv, prefix, mask, heads, scale, dropout_p, seed)
@@ -94,6 +99,8 @@ def _inferred(kernels, qkv, heads, prefix, mask, scale):
     """:func:`attention` by kernels that check what they are given."""
     batch, length, width = qkv.shape
     factor = (width // 3 // heads) ** -0.5 if scale is None else scale
+    if type(factor) is not float or type(heads) is not int:
+        raise TypeError("the dispatcher would take True for 1.0 and for 1")
     seen = None if mask is None else mask.expand(batch, heads, length, length)
     return kernels.attention_forward(qkv, _cast(prefix, qkv.dtype), seen, heads, factor, 0.0, None, False)[0]
 

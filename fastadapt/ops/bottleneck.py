@@ -67,9 +67,7 @@ def bottleneck(
     )  # fmt: skip
     if y is not None:
         return y
-    checks.floating("x", x)
-    if x.dim() < 1:
-        raise ValueError("x: got a 0-d tensor; accepted is [..., H]")
+    checks.activations("x", x)
     hidden = x.shape[-1]
     checks.floating("w_down", w_down)
     if w_down.dim() != 2:
@@ -89,8 +87,7 @@ def bottleneck(
     if not isinstance(skip, bool):
         raise TypeError(f"skip: got {skip!r}; accepted are True and False")
     if isinstance(scale, Tensor):
-        if tuple(scale.shape) not in ((), (1,), (hidden,)):
-            raise ValueError(f"scale: got shape {tuple(scale.shape)}; accepted are a float, [1] and [{hidden}]")
+        checks.scale("scale", scale, hidden, x.device)
         factor, vector = 1.0, scale
     else:
         factor, vector = checks.number("scale", scale, f"a float, or a tensor [1] or [{hidden}]"), None
@@ -112,6 +109,8 @@ def _inferred(kernels, x, w_down, b_down, w_up, b_up, activation, scale, skip, r
     """:func:`bottleneck` by kernels that check what they are given."""
     flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
     factor, vector = (1.0, scale.expand(x.shape[-1])) if isinstance(scale, Tensor) else (scale, None)
+    if type(factor) is not float or type(eps) is not float or type(skip) is not bool:
+        raise TypeError("the dispatcher would take True for 1.0 and None for False")
     return kernels.bottleneck_forward(
         flat, w_down, b_down, w_up, b_up, canonical(activation), factor, vector, skip, beside, norm_weight, norm_bias,
         eps, 0.0, None, False,

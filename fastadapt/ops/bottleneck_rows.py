@@ -123,15 +123,25 @@ def bottleneck_rows(
 
 def _inferred(kernels, x, slots, rows, residual, eps):
     """:func:`bottleneck_rows` by kernels that check what they are given."""
-    if rows.shape != x.shape[:1] or any(slot.dropout_p for slot in slots):
+    if rows.shape != x.shape[:1] or any(type(s.dropout_p) is not float or s.dropout_p for s in slots):
         raise ValueError("a dropout, or rows that are not the batch's")
     flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
     w_down, b_down, w_up, b_up, vectors, norm_weights, norm_biases = zip(*(s.tensors() for s in slots), strict=True)
+    scales = [s.scale if type(s.scale) is float else _one(s.scale) for s in slots]
+    if type(eps) is not float:
+        raise TypeError("the dispatcher would take True for 1.0")
     return kernels.bottleneck_rows_forward(
         flat, beside, rows, w_down, b_down, w_up, b_up, _expanded(vectors, x.shape[-1]), norm_weights, norm_biases,
-        [canonical(s.activation) for s in slots], [1.0 if isinstance(s.scale, Tensor) else s.scale for s in slots],
-        [s.skip for s in slots], [s.swap for s in slots], eps, [0.0] * len(slots), None, False,
+        [canonical(s.activation) for s in slots], scales, [s.skip for s in slots], [s.swap for s in slots], eps,
+        [0.0] * len(slots), None, False,
     )[0].view_as(x)  # fmt: skip
+
+
+def _one(scale: Tensor) -> float:
+    """The factor of a slot whose scale is a tensor."""
+    if not isinstance(scale, Tensor):
+        raise TypeError("the dispatcher would take True for 1.0")
+    return 1.0
 
 
 def _check(n: int, slot: Slot, hidden: int, residual: bool, device: torch.device) -> None:
@@ -155,9 +165,8 @@ def _check(n: int, slot: Slot, hidden: int, residual: bool, device: torch.device
         raise ValueError(f"{at}.w_up: got None with w_down; accepted are both or neither")
     checks.shape(f"{at}.w_up", slot.w_up, (hidden, b), device)
     checks.shape(f"{at}.b_up", slot.b_up, (hidden,), device)
-    if isinstance(slot.scale, Tensor) and tuple(slot.scale.shape) not in ((), (1,), (hidden,)):
-        given = tuple(slot.scale.shape)
-        raise ValueError(f"{at}.scale: got shape {given}; accepted are a float, [1] and [{hidden}]")
+    if isinstance(slot.scale, Tensor):
+        checks.scale(f"{at}.scale", slot.scale, hidden, device)
 
 
 def _facts(hidden: int, w_down: Sequence[Tensor | None]) -> dict[str, int]:

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastadapt import dispatch
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -16,6 +18,13 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}; a tensor is accepted")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name}: got dtype {x.dtype}; accepted are float32, bfloat16, float16 and float64")
+
+
+def activations(name: str, x: Tensor) -> None:
+    """What an op reads as rows: floating, [..., H]."""
+    floating(name, x)
+    if x.dim() < 1:
+        raise ValueError(f"{name}: got a 0-d tensor; accepted is [..., H]")
 
 
 def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.device) -> None:
@@ -27,6 +36,14 @@ def shape(name: str, x: Tensor | None, expected: tuple[int, ...], device: torch.
         raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted is {expected}")
     if x.device != device:
         raise ValueError(f"{name}: is on {x.device}, but x is on {device}; move one of them")
+
+
+def scale(name: str, x: Tensor, hidden: int, device: torch.device) -> None:
+    """A scale that is a tensor."""
+    accepted = ((), (1,), (hidden,))
+    if tuple(x.shape) not in accepted:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; accepted are a float, [1] and [{hidden}]")
+    shape(name, x, tuple(x.shape), device)
 
 
 def like(name: str, x: Tensor | None, reference: Tensor) -> None:
@@ -66,6 +83,13 @@ def number(name: str, value: float, accepted: str = "a number") -> float:
     return float(value)
 
 
+def count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}; accepted is an int from 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; accepted is an int from 1")
+
+
 def probability(name: str, p: float) -> float:
     p = number(name, p, "a probability from 0 to 1")
     if not 0.0 <= p <= 1.0:
@@ -96,4 +120,6 @@ def flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a call needs the op's own backward; under a transform PyTorch differentiates the reference itself."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not dispatch.transformed()

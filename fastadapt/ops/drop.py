@@ -24,7 +24,7 @@ def drop(x: Tensor, dropout_p: float, *, seed: int | Tensor | None = None) -> Te
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is accepted.
     """
-    checks.floating("x", x)
+    checks.activations("x", x)
     dropout_p = checks.probability("dropout_p", dropout_p)
     seed = resolve_seed(seed, dropout_p, x.device)
     if seed is None:

@@ -61,7 +61,7 @@ def linear(
     y = dispatch.straight(_inferred, x, dropout_p, weights, biases, activation, loras, rows)
     if y is not None:
         return y
-    checks.floating("x", x)
+    checks.activations("x", x)
     depth, device = x.shape[-1], x.device
     for w in weights:
         checks.floating("weight", w)

@@ -244,6 +244,32 @@ def _check_residues(name: str, residues: Sequence[Residue] | None, weights: list
             raise ValueError(f"{name}[{i}]: is not contiguous; accepted is what merge_ put there")
 
 
+def check_places(name: str, residues: Sequence[Residue], weights: list[Tensor]) -> None:
+    """Raise where a residue lists what is no weight of its matrix, or not in ascending order.
+
+    For kernels that would write there; the C++ kernels for CPUs look themselves. All lists at once: each look at values
+    is a wait for the device.
+    """
+    counts = torch.tensor([kept.index.numel() for kept in residues])
+    if not counts.any():
+        return
+    index = torch.cat([kept.index.view(-1) for kept in residues])
+    owner = torch.arange(len(residues)).repeat_interleave(counts).to(index.device)
+    sizes = torch.tensor([w.numel() for w in weights]).to(index.device)
+    bad = (index < 0) | (index >= sizes[owner])
+    bad[1:] |= (index[1:] <= index[:-1]) & (owner[1:] == owner[:-1])
+    if not bad.any():
+        return
+    at = int(bad.nonzero()[0])
+    i = int(owner[at])
+    place = at - int(counts[:i].sum())
+    found = f"{int(index[at])} after {int(index[at - 1])}" if place else f"{int(index[at])}"
+    raise ValueError(
+        f"{name}[{i}]: index[{place}] is {found}; accepted are ascending ones from 0 to {weights[i].numel() - 1}, as "
+        "merge_ put there; nothing was changed"
+    )
+
+
 # -- reference ---------------------------------------------------------------------------------------------------
 
 _TILE = 1 << 16  # weights at a time, so that the float64 intermediates stay in the cache

@@ -46,7 +46,7 @@ def add_norm(
     found = dispatch.straight(_inferred, x, dropout_p, residual, norm_weight, norm_bias, eps, return_sum)
     if found is not None:
         return found
-    checks.floating("x", x)
+    checks.activations("x", x)
     hidden = x.shape[-1]
     checks.like("residual", residual, x)
     checks.shape("norm_weight", norm_weight, (hidden,), x.device)
@@ -66,6 +66,8 @@ def add_norm(
 
 def _inferred(kernels, x, residual, norm_weight, norm_bias, eps, return_sum):
     """:func:`add_norm` by kernels that check what they are given."""
+    if type(eps) is not float:
+        raise TypeError("the dispatcher would take True for 1.0")
     flat, beside = x.view(-1, x.shape[-1]), None if residual is None else checks.flat_like(residual, x)
     y, s = kernels.add_norm_forward(flat, beside, norm_weight, norm_bias, eps, 0.0, None, return_sum)
     return (y.view_as(x), s.view_as(x)) if return_sum else y.view_as(x)

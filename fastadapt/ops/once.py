@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastadapt import dispatch
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,11 +19,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     PyTorch's gives back constants where the incoming gradient is one (that of a plain sum is), and so a gradient
     penalty would silently have no gradient. What refuses stands between the gradient and everything that it may depend
     on: the incoming gradients and the leaves of the op's graph, because ``autograd.grad`` runs only what lies on a way
-    to the tensors that it is asked for.
+    to the tensors that it is asked for. Gradients that carry a tangent, while the forward ran without, raise too.
     """
 
     @functools.wraps(backward)
-    def once(ctx: Any, *gradients: Tensor) -> Any:
+    def once(ctx: Any, *gradients: Tensor | None) -> Any:
+        if dispatch.transformed() and any(map(_carries_tangent, gradients)):
+            raise NotImplementedError(
+                "forward-mode AD through the backward of a fastadapt op whose forward ran outside of it; accepted is "
+                "to run both inside of it, or a model without the op (fa.unload, fa.restore)"
+            )
         with torch.no_grad():
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -45,6 +53,10 @@ def _leaves(node: Any) -> list[Tensor]:
             if hasattr(below, "variable"):
                 found.append(below.variable)
     return found
+
+
+def _carries_tangent(gradient: Tensor | None) -> bool:
+    return gradient is not None and forward_ad.unpack_dual(gradient).tangent is not None
 
 
 class _Refuse(torch.autograd.Function):

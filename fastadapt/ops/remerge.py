@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastadapt import dispatch
-from fastadapt.ops.merge import Residue
+from fastadapt.ops.merge import Residue, check_places
 
 
 @torch.compiler.disable
@@ -16,7 +16,11 @@ def remerge(weights, old, new, residues):
     old_a, old_b, old_scales, old_residues = old or ([], [], [], None)
     a, b, scales = new or ([], [], [])
     kept = old_residues or []
-    kernel = dispatch.pick("remerge_", weights[0].device.type, weights[0].dtype)
+    prefix = "old_" if new else ""
+    backend = dispatch.serving("remerge_", weights[0].device.type, weights[0].dtype)
+    if backend != "cpu":
+        check_places(f"{prefix}residues", kept, weights)
+    kernel = dispatch.kernel(backend, "remerge_")
     with torch.no_grad():
         codes, index, bits, refused = kernel(
             weights, old_a, old_b, old_scales, [k.codes for k in kept], [k.index for k in kept],
@@ -25,7 +29,7 @@ def remerge(weights, old, new, residues):
     culprit = int(refused)
     if culprit >= 0:
         if old is not None:
-            _explain(culprit, weights, old_a, old_b, old_scales, "old_" if new else "")
+            _explain(culprit, weights, old_a, old_b, old_scales, prefix)
         if new is not None:
             _explain(culprit, weights, a, b, scales, "")
         raise ValueError(f"weights[{culprit}]: the result would overflow {weights[culprit].dtype}; nothing was changed")

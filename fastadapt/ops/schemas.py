@@ -12,7 +12,8 @@ one byte (:func:`derivative_in_a_byte`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Register what op ``name`` gives back for tensors without data.
+
+    One of those among tensors with data brings the op here, too, which would give back memory that nobody wrote.
+    """
+
+    def register(shapes: Callable[..., Any]) -> None:
+        def checked(first: Tensor, *rest: Any) -> Any:
+            if type(first) in (Tensor, torch.nn.Parameter) and not first.is_meta:
+                raise ValueError(f"{name}: got a tensor on meta beside one on {first.device}; move one of them")
+            return shapes(first, *rest)
+
+        torch.library.register_fake(f"fastadapt::{name}", checked, lib=library)
+
+    return register
+
+
 def _like(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape)
 
@@ -128,7 +146,7 @@ def _grad(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.register_fake("fastadapt::bottleneck_forward", lib=library)
+@_fake("bottleneck_forward")
 def _(
     x, w_down, b_down, w_up, b_up, activation, scale, scale_vector, skip, residual, norm_weight, norm_bias, eps,
     dropout_p, seed, save,
@@ -139,7 +157,7 @@ def _(
     return _like(x, rows, hidden), z, s
 
 
-@torch.library.register_fake("fastadapt::bottleneck_backward", lib=library)
+@_fake("bottleneck_backward")
 def _(
     dy, x, z, s, w_down, w_up, activation, scale, scale_vector, skip, norm_weight, eps, dropout_p, seed, need_dx,
     need_dresidual, need_dweights, need_dnorm,
@@ -155,7 +173,7 @@ def _(
     )
 
 
-@torch.library.register_fake("fastadapt::bottleneck_rows_forward", lib=library)
+@_fake("bottleneck_rows_forward")
 def _(
     x, residual, rows, w_down, b_down, w_up, b_up, scale_vectors, norm_weights, norm_biases, activations, scales,
     skips, swaps, eps, dropout_p, seed, save,
@@ -166,7 +184,7 @@ def _(
     return torch.empty_like(x), _like(x, x.shape[0], widest), torch.empty_like(x)
 
 
-@torch.library.register_fake("fastadapt::bottleneck_rows_backward", lib=library)
+@_fake("bottleneck_rows_backward")
 def _(
     dy, x, residual, z, s, rows, w_down, w_up, scale_vectors, norm_weights, activations, scales, skips, swaps, eps,
     dropout_p, seed, need_dx, need_dresidual, need_dweights, need_dnorm,
@@ -188,12 +206,12 @@ def _(
     )
 
 
-@torch.library.register_fake("fastadapt::add_norm_forward", lib=library)
+@_fake("add_norm_forward")
 def _(x, residual, norm_weight, norm_bias, eps, dropout_p, seed, save):
     return torch.empty_like(x), torch.empty_like(x) if save else _like(x, 0)
 
 
-@torch.library.register_fake("fastadapt::add_norm_backward", lib=library)
+@_fake("add_norm_backward")
 def _(dy, ds, s, norm_weight, eps, dropout_p, seed, need_dx, need_dresidual, need_dnorm):
     norm = (s.shape[1],) if need_dnorm else (0,)
     return (
@@ -204,7 +222,7 @@ def _(dy, ds, s, norm_weight, eps, dropout_p, seed, need_dx, need_dresidual, nee
     )
 
 
-@torch.library.register_fake("fastadapt::linear_forward", lib=library)
+@_fake("linear_forward")
 def _(x, weights, biases, activation, dropout_p, seed, save):
     y = _like(x, x.shape[0], sum(w.shape[0] for w in weights))
     if not save or activation == "none":
@@ -212,7 +230,7 @@ def _(x, weights, biases, activation, dropout_p, seed, save):
     return y, torch.empty_like(y, dtype=torch.uint8 if derivative_in_a_byte(x, activation) else None)
 
 
-@torch.library.register_fake("fastadapt::linear_backward", lib=library)
+@_fake("linear_backward")
 def _(dy, z, weights, activation, dropout_p, seed, need_dx, need_dbias):
     return (
         _like(dy, dy.shape[0], weights[0].shape[1]) if need_dx else _like(dy, 0),
@@ -230,7 +248,7 @@ def lora_offsets(ranks: Sequence[int], slots: Sequence[int]) -> tuple[list[int],
     return offsets, max(used.values()) if used else 0
 
 
-@torch.library.register_fake("fastadapt::lora_forward", lib=library)
+@_fake("lora_forward")
 def _(
     x, weights, biases, a, b, scales, owners, slots, rows, lora_p, lora_seeds, activation, dropout_p, seed, save,
 ):  # fmt: skip
@@ -243,7 +261,7 @@ def _(
     return y, torch.empty_like(y, dtype=torch.uint8 if derivative_in_a_byte(x, activation) else None), s
 
 
-@torch.library.register_fake("fastadapt::lora_backward", lib=library)
+@_fake("lora_backward")
 def _(
     dy, x, z, s, weights, slot_count, a, b, scales, owners, slots, rows, lora_p, lora_seeds, activation, dropout_p,
     seed, need_dx, need_dbias, need_dlora,
@@ -256,28 +274,28 @@ def _(
     )
 
 
-@torch.library.register_fake("fastadapt::mix_forward", lib=library)
+@_fake("mix_forward")
 def _(sigma, t, shift, count, dropout_p, seed):
     return torch.empty_like(t)
 
 
-@torch.library.register_fake("fastadapt::mix_backward", lib=library)
+@_fake("mix_backward")
 def _(dm, sigma, t, shift, count, dropout_p, seed):
     return torch.empty_like(sigma), torch.empty_like(t), _like(t, 0) if shift is None else torch.empty_like(shift)
 
 
-@torch.library.register_fake("fastadapt::drop", lib=library)
+@_fake("drop")
 def _(x, dropout_p, seed):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("fastadapt::attention_forward", lib=library)
+@_fake("attention_forward")
 def _(qkv, prefix, mask, heads, scale, dropout_p, seed, save):
     batch, length, width = qkv.shape
     return _like(qkv, batch, length, width // 3), _grad(qkv, batch, heads, length) if save else _grad(qkv, 0)
 
 
-@torch.library.register_fake("fastadapt::attention_backward", lib=library)
+@_fake("attention_backward")
 def _(dout, qkv, prefix, mask, lse, heads, scale, dropout_p, seed):
     return torch.empty_like(qkv), _grad(qkv, *prefix.shape) if prefix is not None else _grad(qkv, 0)
 
