@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -473,6 +474,18 @@ def test_former_files_that_cannot_be_put_back_are_kept(tmp_path, monkeypatch):
     assert len(kept) == 2 and contents(tmp_path / "a") | kept == old
     with pytest.raises(ValueError, match=r"has none of .*adapter_config\.json"):
         fa.load(make(), tmp_path / "a")
+
+
+def test_a_folder_with_nothing_writable_beside_it_is_saved_to(tmp_path, monkeypatch):
+    """A mounted volume, say."""
+    model, folder = fa.adapt(make(), METHODS["pfeiffer"], name="a"), tmp_path / "a"
+    fa.save(model, folder)
+    old, may = contents(folder), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and may(path, mode))
+    made = []
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda make=tempfile.mkdtemp, **o: made.append(make(**o)) or made[-1])
+    fa.save(model, folder)
+    assert [Path(m).parent for m in made] == [folder] and contents(folder) == old
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "fastadapt.safetensors", "adapter_model.bin"])

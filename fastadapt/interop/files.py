@@ -80,7 +80,7 @@ def write_folder(
     """Write JSON (``*.json``) and safetensors files into a folder, all of them or none.
 
     Files named in ``stale`` and not written now are removed, other files stay. A failure on the way leaves the folder
-    as it was; after a kill, what it held lies in a hidden folder beside it.
+    as it was; after a kill, what it held lies in a hidden folder beside or in it.
 
     Args:
         announcing: names of the files without which a folder is refused, the most telling first.
@@ -93,7 +93,7 @@ def write_folder(
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             raise ValueError(f"path: {folder / name} is a folder; accepted is a file of this name, or none")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=_room_for(folder)))
     new, old = beside / "new", beside / "old"
     moves: list[tuple[Path, Path]] = []
     whole, made = True, not folder.exists()
@@ -130,6 +130,14 @@ def write_folder(
     finally:
         if whole:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _room_for(folder: Path) -> Path:
+    """Where files can be moved into it from: beside it, or in it where that is another file system or read-only."""
+    parent = folder.parent
+    if folder.is_dir() and (folder.stat().st_dev != parent.stat().st_dev or not os.access(parent, os.W_OK)):
+        return folder
+    return parent
 
 
 def _move_back(moves: list[tuple[Path, Path]]) -> None:
