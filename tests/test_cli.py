@@ -121,7 +121,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, parts):
 
 @pytest.mark.parametrize(
     ("argv", "name"),
-    [(["explain", "no/such-model"], "MODEL"), (["bench", "latency", "--model", "no/such-model"], "--model")],
+    [(["explain", "no/such-model"], "MODEL"), (["bench", "latency", "--model", "no/such-model", "--peers"], "--model")],
     ids=["explain", "bench"],
 )
 def test_a_hub_that_is_not_there_is_one_line(argv, name):
