@@ -215,7 +215,7 @@ def test_a_dropout_of_no_dimensions_is_named(p):
         fa.ops.drop(torch.tensor(1.0), p)
 
 
-@pytest.mark.parametrize("op", _kernels())
+@pytest.mark.parametrize("op", [op for op in _kernels() if op != "remerge_"])  # whose shapes nobody tells without data
 def test_no_kernel_takes_a_tensor_without_data_beside_others(op):
     """Such a call comes to what says which shapes an op gives: it would give back memory that nobody wrote."""
     arguments, kernel = _kernels()[op], getattr(cpu, op)
