@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -550,3 +551,17 @@ def test_an_interrupted_swap_leaves_the_first_one_merged(monkeypatch):
     assert_bits(model, merged)
     fa.unmerge(model)
     assert_bits(model, clean)
+
+
+def test_an_unmerged_model_keeps_nothing_of_the_merge():
+    def residues():
+        return sum(type(o) is ops.Residue for o in gc.get_objects())
+
+    model = fa.adapt(make(), fa.LoRAConfig(r=2), name="a")
+    fa.adapt(model, fa.LoRAConfig(r=2), name="b")
+    before = residues()
+    fa.merge(model, "a")
+    fa.swap(model, "b")
+    assert residues() == before + len(model.fastadapt.merged.modules)
+    fa.unmerge(model)
+    assert residues() == before

@@ -142,6 +142,7 @@ class Merged:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         self.live = False
+        self.a, self.b, self.residues, self.copies = [], [], None, {}  # the model holds on to the record alone
 
     def before_conversion(self, layers: Sequence[nn.Linear], fn: Callable[[Tensor], Tensor]) -> None:
         """Undo it where ``fn`` changes one of these layers: what is kept for the way back is of their dtype and device.
