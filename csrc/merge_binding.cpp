@@ -12,6 +12,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/arguments.h"
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
@@ -33,7 +34,8 @@ WeightType weight_type(const Tensor& w) {
     case at::kFloat: return WeightType::f32;
     case at::kBFloat16: return WeightType::bf16;
     case at::kHalf: return WeightType::f16;
-    default: TORCH_CHECK(false, "merging takes float32, bfloat16 and float16, got ", w.scalar_type());
+    default:
+      TORCH_CHECK_TYPE(false, "weights: got ", w.scalar_type(), "; accepted are float32, bfloat16 and float16");
   }
 }
 
@@ -375,24 +377,21 @@ class Remerge {
   std::atomic<bool> broken_{false};
 };
 
-bool is_number(const Tensor& t) {
-  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
-}
 // What the pass reads and writes by address. fastadapt/ops/merge.py has checked it already, but for the lists' values.
-void check_update(const char* which, at::TensorList weights, at::TensorList a, at::TensorList b,
-                  at::ArrayRef<double> scales) {
+void check_contiguous(const char* name, size_t i, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_cpu() && t.dim() == 2 && t.is_contiguous(), name, "[", i, "]: got shape ", t.sizes(), " on ",
+                    t.device(), "; accepted is a contiguous matrix on the CPU");
+}
+void check_update(at::TensorList weights, at::TensorList a, at::TensorList b, at::ArrayRef<double> scales) {
   if (a.empty() && b.empty() && scales.empty()) return;
   const size_t count = weights.size();
-  TORCH_CHECK_VALUE(a.size() == count && b.size() == count && scales.size() == count, which, "a, b, scales: got ", a.size(),
-                    ", ", b.size(), " and ", scales.size(), " for ", count, " weights; accepted is one each");
+  TORCH_CHECK_VALUE(a.size() == count && b.size() == count && scales.size() == count, "a, b, scales: got ", a.size(), ", ",
+                    b.size(), " and ", scales.size(), " for ", count, " weights; accepted is one each");
   for (size_t i = 0; i < count; ++i) {
-    const Tensor &w = weights[i], &x = a[i], &y = b[i];
-    for (const Tensor* t : {&x, &y})
-      TORCH_CHECK_VALUE(t->is_cpu() && is_number(*t) && t->dim() == 2 && t->is_contiguous(), which, t == &x ? "a[" : "b[", i,
-                        "]: got ", t->sizes(), " of ", t->scalar_type(), "; accepted is a contiguous matrix on the CPU");
-    TORCH_CHECK_VALUE(x.size(1) == w.size(1) && y.size(0) == w.size(0) && x.size(0) == y.size(1), which, "a[", i, "], b[", i,
-                      "]: got shapes ", x.sizes(), " and ", y.sizes(), " for a weight of ", w.sizes(),
-                      "; accepted are [r, in] and [out, r]");
+    check_contiguous("a", i, a[i]);
+    check_contiguous("b", i, b[i]);
+    check_matrix("a", a[i], a[i].size(0), weights[i].size(1));
+    check_matrix("b", b[i], weights[i].size(0), a[i].size(0));
   }
 }
 void check_residues(at::TensorList weights, at::TensorList codes, at::TensorList index, at::TensorList bits) {
@@ -425,12 +424,12 @@ Residues remerge(at::TensorList weights, at::TensorList old_a, at::TensorList ol
                  at::TensorList old_codes, at::TensorList old_index, at::TensorList old_bits, at::TensorList a,
                  at::TensorList b, at::ArrayRef<double> scales, bool exact) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  for (size_t i = 0; i < weights.size(); ++i)
-    TORCH_CHECK_VALUE(weights[i].is_cpu() && is_number(weights[i]) && weights[i].dim() == 2 && weights[i].is_contiguous(),
-                      "weights[", i, "]: got ", weights[i].sizes(), " of ", weights[i].scalar_type(),
-                      "; accepted is a contiguous matrix of float32, bfloat16 or float16 on the CPU");
-  check_update("old_", weights, old_a, old_b, old_scales);
-  check_update("", weights, a, b, scales);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_contiguous("weights", i, weights[i]);
+    weight_type(weights[i]);
+  }
+  check_update(weights, old_a, old_b, old_scales);
+  check_update(weights, a, b, scales);
   check_residues(weights, old_codes, old_index, old_bits);
   Residues out;
   auto& [codes, index, bits, refused] = out;

@@ -469,8 +469,7 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   const bool weights = grads && LinearGrads::weights(p), filled = p.dx || low.count;
   float* dbias = grads && p.dbias ? grads + layout.dbias : nullptr;
   float* near = s.get<float>(3, p.k);
-  const bool slopes = p.act != Act::none && !p.code;
-  float* slope = slopes ? s.get<float>(16, p.k + 2 * W) : nullptr;
+  float* slope = p.act != Act::none && !p.code ? s.get<float>(16, p.k + 2 * W) : nullptr;
   const auto derivatives_of = for_act(p.act, [](auto act) { return &derivatives<T, act.value>; });
   int slot = slot_of(low, r0, p.rows);
   RowSum sums{near, dbias ? dbias + slot * p.k : nullptr, dbias ? p.k : 0};
