@@ -63,7 +63,7 @@ VARIABLES = (
         "FASTADAPT_CPU",
         "Picks the instruction set of the CPU kernels: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`. One that "
         "this processor lacks raises and lists those it has.",
-        "the widest that the processor has",
+        "the fastest that the processor has",
         "`fastadapt/backends/cpu.py`, when the CPU kernels are loaded",
     ),
     (

@@ -41,7 +41,8 @@ def backend_states() -> dict[str, str]:
         loaded = dispatch.load(name)
         states[name] = "loads" if isinstance(loaded, ModuleType) else str(loaded)
         if name == "cpu" and isinstance(loaded, ModuleType):
-            states[name] += f"; instruction sets here: {', '.join(loaded.capabilities())}"
+            with loaded.capability() as runs:
+                states[name] += f"; runs {runs} of the instruction sets here: {', '.join(loaded.capabilities())}"
     return states
 
 

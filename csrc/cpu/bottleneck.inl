@@ -5,7 +5,7 @@
 constexpr int64_t kRows = kBottleneckRows;
 
 // s = drop(scale (c + b_up)) + [x] + [residual] of 32 columns, or those that there are, for some rows; c is the product's
-// tile, whose columns are parted where T is multiplied in pairs. Pointers are to the first row's first column.
+// tile, whose columns are parted for bfloat16. Pointers are to the first row's first column.
 template <class T>
 struct SumColumns {
   const T *x, *residual;  // or null
@@ -19,7 +19,7 @@ struct SumColumns {
   // All 32. Common: with both x and residual, without dropout; there is nothing but arithmetic in its loop.
   template <bool Common>
   FA_INLINE void whole(int64_t rows, const float* c, RowStatistics<T>* statistics) const {
-    if constexpr (Operand<T>::pairs) {
+    if constexpr (std::is_same_v<T, bf16>) {
       F scales[kNV], biases[kNV];
       parted(scale, scales);
       parted(bias, biases);
@@ -63,7 +63,7 @@ struct SumColumns {
     for (int64_t r = 0; r < rows; ++r) {
       F tile[kNV], sums[kNV];
       for (int v = 0; v < kNV; ++v) tile[v] = load(c + r * 32 + v * W);
-      if constexpr (Operand<T>::pairs) unparted(tile, sums);
+      if constexpr (std::is_same_v<T, bf16>) unparted(tile, sums);
       else std::copy(tile, tile + kNV, sums);
       for (int v = 0; v < kNV && v * W < columns; ++v) {
         const int64_t at = r * h + v * W, n = columns - v * W;

@@ -58,13 +58,25 @@ const std::vector<const Table*>& supported() {
   return tables;
 }
 
+// The fastest here. Intel multiplies pairs of bfloat16 (vdpbf16ps) at half the rate of widening them and multiplying
+// floats, AMD at twice that rate: without tiles the narrower set serves Intel better (benchmarks/NOTES.md).
+const Table* fastest() {
+  const auto& tables = supported();
+  const auto* widest = tables[tables.size() - 2];  // the last is emulated
+#if defined(__x86_64__)
+  if (widest == &table_avx512_bf16 && __builtin_cpu_is("intel")) return &table_avx512;
+#endif
+  return widest;
+}
+
 std::atomic<const Table*> chosen{nullptr};
 
 }  // namespace
 
 const Table& active() {
+  static const Table* const by_itself = fastest();
   const Table* table = chosen.load(std::memory_order_relaxed);
-  return table ? *table : *supported()[supported().size() - 2];
+  return table ? *table : *by_itself;
 }
 
 std::vector<std::string> supported_names() {

@@ -1,4 +1,4 @@
-// Which instruction set runs: the widest that this machine has, unless another was asked for.
+// Which instruction set runs: the fastest that this machine has, unless another was asked for.
 #pragma once
 #include <string>
 #include <vector>

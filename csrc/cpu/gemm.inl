@@ -379,7 +379,8 @@ FA_INLINE void copy_row(const ABlock& a, int64_t m, const T* from, int64_t k) {
     for (int64_t i = 0; i < k; i += kBlock * per)
       std::memcpy(a.row(m, i / per), from + i, sizeof(T) * (size_t)std::min(kBlock * per, k - i));
   } else {
-    for (int64_t i = 0; i < k; i += W) put<M>(a, m, i, load_n(from + i, k - i), k - i);
+    static_assert(std::is_same_v<T, M>);  // so nothing has to be rounded
+    for (int64_t i = 0; i < k; i += W) store_n((float*)a.row(m, i), load_n(from + i, k - i), k - i);
   }
   pad_row<M>(a, m, k);
 }
@@ -471,7 +472,7 @@ class Passes {
 // Few columns get shorter passes: there BLAS sums in several chains, and rounds less.
 template <class T>
 FA_INLINE Passes<T> passes_of(const Packed& p) {
-  Passes<T> list(0, p.n <= W ? std::min<int64_t>(128, Tiles<T>::pass) : Tiles<T>::pass);
+  Passes<T> list(0, p.n <= 16 ? std::min<int64_t>(128, Tiles<T>::pass) : Tiles<T>::pass);
   list.add_packed(p.words, packed_words_of<T>(p.k));
   return list;
 }
@@ -668,14 +669,14 @@ void pack_added_parts(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn
     }
   }
 }
-// Order::parted is that of `plain` where T is not multiplied in pairs.
+// Order::parted is that of `plain` for floats.
 template <class T, class S>
 void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, Order order, uint32_t* words) {
   const int64_t kw = words_of<T>(k), panels = (n + 31) / 32;
   auto value = [&](int64_t i, int64_t j) -> float {
     return i < k && j < n ? as_float(src[i * sk + j * sn]) : 0.0f;
   };
-  const bool parts = order == Order::parted && Operand<T>::pairs;
+  const bool parts = order == Order::parted && std::is_same_v<T, bf16>;
   auto column = [&](int64_t j) { return parts ? j % 16 * 2 + j / 16 : j; };  // of a panel's 32, where column j is made
   for (int64_t p = 0; p < panels; ++p) {
     uint32_t* panel = words + p * kw * 32;
@@ -697,7 +698,7 @@ void pack_as(const S* src, int64_t k, int64_t n, int64_t sk, int64_t sn, Order o
         }
         U word;
         if constexpr (Operand<T>::pairs)
-          word = round_bf16_bits(load(lanes[0])) | (round_bf16_bits(load(lanes[1])) << 16);
+          word = (round_up_bits(load(lanes[0])) >> 16) | (round_up_bits(load(lanes[1])) & 0xffff0000u);
         else
           word = bits(rounded<T>(load(lanes[0])));
         std::memcpy(panel + packed_at<T>(kw, j, i), &word, sizeof word);

@@ -155,7 +155,7 @@ FA_INLINE void normalise_rows(const T* s, int64_t rows, int64_t n, const RowStat
     for (int64_t r = 0; r < rows; ++r)
       one(s + r * n, statistics[r].template moments<decltype(whole)::value>(s + r * n, n, eps), y + r * n);
   };
-  if constexpr (Operand<T>::pairs) {
+  if constexpr (std::is_same_v<T, bf16>) {
     if (n % 32 == 0) {
       const PartedNorm norm(room, weight, bias, n);
       if (stream) each(std::true_type{}, [&](auto... row) { norm.template normalise<true>(row...); });
@@ -259,7 +259,7 @@ inline void add_norm_parted_rows(const AddNormForward& p, int64_t first, int64_t
 template <class T>
 void add_norm_forward_rows(const AddNormForward& p, int64_t first, int64_t last) {
   const int64_t h = p.hidden;
-  if constexpr (Operand<T>::pairs)
+  if constexpr (std::is_same_v<T, bf16>)
     if (h % 32 == 0 && !p.drop.on) return add_norm_parted_rows(p, first, last);
   float* sums = scratch().get<float>(0, h + W);
   int8_t* keep = p.drop.on ? scratch().get<int8_t>(1, h + 64) : nullptr;

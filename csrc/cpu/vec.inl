@@ -28,12 +28,19 @@ FA_INLINE F load(const bf16* p) {
   std::memcpy(&h, p, sizeof h);
   return (F)(widened(h) << 16);
 }
-// Round to nearest even; a NaN stays a quiet NaN.
-FA_INLINE U round_bf16_bits(F v) {
-  U u = bits(v);
-  U rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
-  return (v == v) ? rounded : ((u >> 16) | 0x40u);
+// Round to nearest even, into the upper half; the lower one is undefined. A NaN stays a quiet NaN.
+FA_INLINE U round_up_bits(F v) {
+#if FA_WIDTH == 16
+  // A NaN becomes the one whose lower half is zero, so that no carry runs through it.
+  const __m512i u = _mm512_castps_si512(_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(0x33), 0));
+  const __m512i up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  return (U)_mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
+#else
+  const U u = bits(v);
+  return (v == v) ? u + (0x7fffu + ((u >> 16) & 1u)) : u | 0x400000u;
+#endif
 }
+FA_INLINE U round_bf16_bits(F v) { return round_up_bits(v) >> 16; }
 FA_INLINE void store(bf16* p, F v) {
 #if FA_BF16 == 1 || FA_BF16 == 2
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // to nearest even as well; denormals become zero
@@ -65,6 +72,9 @@ FA_INLINE void store_n(T* p, F v, int64_t n) {
 
 // 32 values of a row.
 constexpr int kNV = 32 / W;
+#if FA_WIDTH == 16
+typedef uint16_t Halves __attribute__((vector_size(64)));
+#endif
 FA_INLINE void store_row(float* p, const F (&v)[kNV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kNV; ++i) store(p + i * W, v[i]);
@@ -72,6 +82,12 @@ FA_INLINE void store_row(float* p, const F (&v)[kNV]) {
 FA_INLINE void store_row(bf16* p, const F (&v)[kNV]) {
 #if FA_BF16 == 1 || FA_BF16 == 2
   const __m512bh h = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+  std::memcpy(p, &h, sizeof h);
+#elif FA_WIDTH == 16
+  constexpr Halves upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                            33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i first = (__m512i)round_up_bits(v[0]), second = (__m512i)round_up_bits(v[1]);
+  const __m512i h = _mm512_permutex2var_epi16(first, (__m512i)upper, second);
   std::memcpy(p, &h, sizeof h);
 #else
 #pragma GCC unroll 8
@@ -87,12 +103,11 @@ FA_INLINE F even(U words) { return (F)(words << 16); }
 FA_INLINE F odd(U words) { return (F)(words & 0xffff0000u); }
 FA_INLINE U joined(F even, F odd) {
 #if FA_BF16 == 1 || FA_BF16 == 2
-  typedef uint16_t U32x16 __attribute__((vector_size(64)));
-  constexpr U32x16 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+  constexpr Halves order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (U)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 #else
-  return round_bf16_bits(even) | (round_bf16_bits(odd) << 16);
+  return (round_up_bits(even) >> 16) | (round_up_bits(odd) & 0xffff0000u);
 #endif
 }
 // sums + even(a) even(b) + odd(a) odd(b)
@@ -182,7 +197,7 @@ template <> FA_INLINE F rounded<bf16>(F v) {
 #if FA_BF16 == 1 || FA_BF16 == 2
   return (F)(widened((U16)_mm512_cvtneps_pbh((__m512)v)) << 16);
 #else
-  return (F)(round_bf16_bits(v) << 16);
+  return (F)(round_up_bits(v) & 0xffff0000u);
 #endif
 }
 

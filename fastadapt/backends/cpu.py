@@ -1,6 +1,7 @@
 """The C++ kernels for CPUs, compiled at install time; the instruction set is picked at run time.
 
-``FASTADAPT_CPU`` (``portable``, ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``) picks another than the widest.
+``FASTADAPT_CPU`` (``portable``, ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``) picks another than the fastest here:
+the widest, but ``avx512`` on an Intel processor with AVX512-BF16 and no AMX, which is slow at products of bfloat16.
 ``amx`` multiplies float32 as sums of three bfloat16 numbers each, which keep all its bits (``csrc/cpu/parts.inl``).
 """
 
