@@ -4,9 +4,9 @@
 // as k (transposed words), or with its rows (row words).
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-// Keys and values get their parts anew for each.
+// Queries at a time. Keys and values get their parts anew for each; floats leave memory more time with few.
 template <class M>
-constexpr int64_t kQueries = in_parts<M> ? 64 : 32;
+constexpr int64_t kQueries = in_parts<M> ? 64 : W == 16 && !Operand<M>::pairs ? 16 : 32;
 // So a row of an A block is one piece.
 static_assert(kMaxAttentionLength <= kBlock && words_of<Multiplied<float>>(kMaxAttentionLength) <= kBlock);
 
@@ -176,16 +176,15 @@ FA_INLINE const T* key_row(const Attention& p, int64_t batch, int64_t head, int 
   const int64_t row = (which - 1) * p.prefix_length + r;
   return (const T*)p.prefix + batch * p.prefix_stride + (row * p.heads + head) * p.head_dim;
 }
-// Rows lie far apart, which no hardware foresees: asks for the next head's from `first` on, a few at a time.
+// Rows lie far apart, which no hardware foresees: asks for row r of the next head's matrices [first, last), of which 3 is
+// dout. Between rows of arithmetic, because a burst would take all requests that a core may have under way.
 template <class T>
-FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head, int64_t first, int64_t count) {
+FA_INLINE void prefetch_next_head(const Attention& p, int64_t batch, int64_t head, int64_t r, int first, int last) {
   if (++head == p.heads) head = 0, ++batch;
   if (batch == p.batch) return;
-  const int64_t d = p.head_dim, h = p.heads * d, bytes = d * (int64_t)sizeof(T);
-  for (int64_t r = first; r < std::min(first + count, p.length); ++r) {
-    for (int which = 0; which < 3; ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes);
-    if (p.dout) prefetch((const T*)p.dout + (batch * p.length + r) * h + head * d, bytes);
-  }
+  const int64_t d = p.head_dim, bytes = d * (int64_t)sizeof(T);
+  for (int which = first; which < std::min(last, 3); ++which) prefetch(head_row<T>(p, batch, head, which, r), bytes);
+  if (last > 3) prefetch((const T*)p.dout + ((batch * p.length + r) * p.heads + head) * d, bytes);
 }
 
 // One query row of scores: times the factor, plus the mask, which leaves a prefix alone; -inf past the last key.
@@ -241,11 +240,35 @@ FA_INLINE F exp_of_score(F x) {
 
 // The largest lane; NaN where no lane is larger than it.
 FA_INLINE float largest(F v) {
+#if FA_WIDTH == 16
+  v = max(v, (F)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e));  // halves onto each other, as below
+  v = max(v, (F)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1));
+  v = max(v, (F)_mm512_permute_ps((__m512)v, 0x4e));
+  v = max(v, (F)_mm512_permute_ps((__m512)v, 0xb1));
+  return v[0];
+#endif
   float lanes[W];
   store(lanes, v);
   for (int step = W / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
   return lanes[0];
+}
+
+// masked_row, and the largest score.
+FA_INLINE float masked_row_highest(const Attention& p, int64_t batch, int64_t head, int64_t query, float* row) {
+  const int64_t all = keys_of(p), sp = round32(all);
+  F top = set1(kMinusInfinity);
+  if (p.mask || all < sp) {
+    masked_row(p, batch, head, query, row);
+    for (int64_t j = 0; j < sp; j += W) top = max(load(row + j), top);
+    return largest(top);
+  }
+  for (int64_t j = 0; j < sp; j += W) {
+    const F v = load(row + j) * p.scale;
+    store(row + j, v);
+    top = max(v, top);
+  }
+  return largest(top);
 }
 
 // Rows of T (`row(r)`) by the sp columns of transposed words into out [rows + 32][sp].
@@ -288,18 +311,16 @@ void attention_forward_head(const Attention& p, int64_t batch, int64_t head) {
   float highest[at_once], total[at_once][W], inverse[at_once];
   for (int64_t q0 = 0; q0 < length; q0 += at_once) {
     const int64_t rows = std::min(at_once, length - q0), first = (batch * p.heads + head) * length + q0;
-    prefetch_next_head<T>(p, batch, head, q0, at_once);
     scores<M, T>(q, rows, d, keys_t, sp, c, s, [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); });
     for (int64_t r = 0; r < rows; ++r) {
-      masked_row(p, batch, head, q0 + r, s + r * sp);
-      F top = set1(kMinusInfinity);
-      for (int64_t j = 0; j < sp; j += W) top = max(load(s + r * sp + j), top);
-      highest[r] = largest(top);
+      prefetch_next_head<T>(p, batch, head, q0 + r, 0, 1);
+      highest[r] = masked_row_highest(p, batch, head, q0 + r, s + r * sp);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const bool any = highest[r] != kMinusInfinity;  // else every key is masked: the row attends to nothing
       const float from = any ? highest[r] : 0.0f;
       if (keep) keep_row(first + r, n, p.drop, keep);
+      prefetch_next_head<T>(p, batch, head, q0 + r, 1, 3);
       F all = F{};
       for (int64_t j = 0; j < sp; j += W) {
         F e = exp_of_score<T>(load(s + r * sp + j) - from);
@@ -355,7 +376,6 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
     const int64_t w0 = q0 / Operand<T>::per_word;
     auto query_row = [&](int64_t r) { return head_row<T>(p, batch, head, 0, q0 + r); };
     auto dout_row = [&](int64_t r) { return (const T*)p.dout + (batch * length + q0 + r) * h + head * d; };
-    prefetch_next_head<T>(p, batch, head, q0, at_once);
     row_words<T>(rows, d, dp, queries, query_words, w0, query_row);
     row_words<T>(rows, d, dp, douts, query_words, w0, dout_row);
     scores<M, T>(a, rows, d, keys_t, sp, c, s, query_row);
@@ -363,6 +383,7 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
     for (int64_t r = 0; r < rows; ++r) {
       float *row = s + r * sp, *grad = g + r * sp;
       Stored<T>* out = stored_row<T>(prob, r);
+      prefetch_next_head<T>(p, batch, head, q0 + r, 0, 2);
       masked_row(p, batch, head, q0 + r, row);
       // A row whose keys are all masked has lse = -inf and probability zero everywhere.
       const float lse = p.lse[first + r] == kMinusInfinity ? -kMinusInfinity : p.lse[first + r];
@@ -385,6 +406,7 @@ void attention_backward_head(const Attention& p, int64_t batch, int64_t head) {
       const float mean = sum(load(total[r]));
       const float *e = s + r * sp, *grad = g + r * sp;
       Stored<T>* out = stored_row<T>(ds, r);
+      prefetch_next_head<T>(p, batch, head, q0 + r, 2, 4);
       for (int64_t j = 0; j < sp; j += W) put<T>(out + j, load(e + j) * (load(grad + j) - mean) * factor);
     }
     block_columns<T>(prob, rows, prob_t, sp, w0);
