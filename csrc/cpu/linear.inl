@@ -342,7 +342,8 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
   }
   Pass* passes = s.get<Pass>(7, added_passes<M>(low));
   Extra* extras = s.get<Extra>(8, low.slots);
-  const bool stream = streams(p.y, p.rows, p.n * (int64_t)sizeof(T));
+  const int64_t row_bytes = p.n * (int64_t)sizeof(T);
+  const bool stream = streams(p.y, p.rows, row_bytes) && (!p.z || streams(p.z, p.rows, row_bytes));
   int64_t offset = 0;
   for (int w = 0; w < p.count; ++w) {
     const int64_t n = p.weights[w].n, panels = (n + 31) / 32;
@@ -351,11 +352,13 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
     auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
       const int64_t m = t.m, mr = t.rows;
       // The common cases apart: nothing but arithmetic in their loops.
-      if (n - panel * 32 >= 32 && !keep && !p.z) {
+      const bool plain = !keep && !(p.z && p.code), dropped_only = keep && A == Act::none && !p.z && p.n % 32 == 0;
+      if (n - panel * 32 >= 32 && (plain || dropped_only)) {
         const int64_t col = offset + panel * 32;
         F bias[kNV];
         for (int v = 0; v < kNV; ++v) bias[v] = p.bias ? load(p.bias + t.slot * p.n + col + v * W) : F{};
         T* y = (T*)p.y + (r0 + m) * p.n + col;
+        T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
         uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
         const bool aligned = stream && offset % 32 == 0;  // what stands before it in a row may be of any width
         auto rows_to = [&](auto&& value) {
@@ -363,12 +366,29 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
             F values[kNV];
 #pragma GCC unroll 8
             for (int v = 0; v < kNV; ++v) values[v] = value(r, v, load(tile + r * 32 + v * W) + bias[v]);
+            if (z) {
+              F before[kNV];
+              std::copy(values, values + kNV, before);
+              if (aligned) stream_row(z + r * p.n, before);
+              else store_row(z + r * p.n, before);
+              for (int v = 0; v < kNV; ++v) values[v] = act_as<T, A>(before[v]);
+            }
             if (aligned) stream_row(y + r * p.n, values);
             else store_row(y + r * p.n, values);
           }
         };
-        if (code) rows_to([&](int64_t r, int v, F x) { return act_with_code<T, A>(x, code + r * p.n + v * W); });
-        else rows_to([](int64_t, int, F x) { return act_as<T, A>(x); });
+        if (keep) {
+          const int8_t* kept = keep + m * keep_stride + col;
+          rows_to([&](int64_t r, int v, F x) {
+            return dropped(rounded<T>(x), kept + r * keep_stride + v * W, p.drop.keep_scale);
+          });
+        } else if (z) {
+          rows_to([](int64_t, int, F x) { return rounded<T>(x); });
+        } else if (code) {
+          rows_to([&](int64_t r, int v, F x) { return act_with_code<T, A>(x, code + r * p.n + v * W); });
+        } else {
+          rows_to([](int64_t, int, F x) { return act_as<T, A>(x); });
+        }
         return;
       }
       for (int v = 0; v < kNV; ++v) {
@@ -379,12 +399,6 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         T* y = (T*)p.y + (r0 + m) * p.n + col;
         T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
         uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
-        if (valid >= W && keep && A == Act::none && p.n % 32 == 0) {
-          const int8_t* kept = keep + m * keep_stride + col;
-          for (int64_t r = 0; r < mr; ++r)
-            store(y + r * p.n, dropped(rounded<T>(load(from + r * 32) + bias), kept + r * keep_stride, p.drop.keep_scale));
-          continue;
-        }
         for (int64_t r = 0; r < mr; ++r) {
           const F before = rounded<T>(load(from + r * 32) + bias);
           if (z) store_n(z + r * p.n, before, valid);
@@ -596,7 +610,19 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
         }
     }
   };
+  const bool stream = streams(p.dx, p.rows, p.n * (int64_t)sizeof(T));
   auto epilogue = [&](int64_t panel, const RowTile& t, const float* tile) {
+    if (p.n - panel * 32 >= 32) {
+      for (int64_t r = 0; r < t.rows; ++r) {
+        F values[kNV];
+#pragma GCC unroll 8
+        for (int v = 0; v < kNV; ++v) values[v] = load(tile + r * 32 + v * W);
+        T* dx = (T*)p.dx + (r0 + t.m + r) * p.n + panel * 32;
+        if (stream) stream_row(dx, values);
+        else store_row(dx, values);
+      }
+      return;
+    }
     for (int v = 0; v < kNV; ++v) {
       const int64_t col = panel * 32 + v * W;
       if (col >= p.n) break;
@@ -607,6 +633,7 @@ void linear_backward_chunk(const LinearBackward& p, int64_t r0, int64_t rows, in
   product_of_tiles<M>(a, tiles.count, [&](int64_t i) { return tiles.tiles[i]; }, passes, panels * 32,
                       panels * column / columns, panels * (column + 1) / columns, c, next,
                       Adding<M, decltype(dropped_terms)>{a, extras, dropped_terms}, epilogue);
+  if (stream) end_of_stream();
 }
 
 template <class T>
