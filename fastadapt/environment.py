@@ -45,6 +45,12 @@ def cpu_extensions() -> list[str]:
     return [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if found.get(name)]
 
 
+def multiplies_bf16_fast() -> bool:
+    """Whether bfloat16 products are faster than float32's; on Intel without AMX they run at half their rate."""
+    found = cpu_extensions()
+    return "amx_bf16" in found or ("avx512_bf16" in found and "Intel" not in cpu_model())
+
+
 def commit() -> str | None:
     """The source tree's commit, with ``-dirty`` where it has changes; None outside a checkout."""
     root = Path(fastadapt.__file__).resolve().parent.parent

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import fastadapt as fa
-from fastadapt import dispatch
+from fastadapt import dispatch, environment
+from fastadapt.environment import cpu_model
+from fastadapt.training.options import _fast_dtype
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -179,3 +181,32 @@ def test_the_reference_keeps_its_arguments_dtypes_under_autocast():
         found = dispatch.kernel("reference", "linear_forward")(x, [w], [None], "none", 0.0, None, False)[0]
     assert found.dtype == torch.float32
     assert torch.equal(found, plain)
+
+
+@pytest.mark.skipif(isinstance(dispatch.load("cpu"), str), reason="the C++ kernels are not compiled")
+def test_the_instruction_set_that_runs_is_the_fastest_here():
+    done = _python(
+        "from fastadapt import dispatch\n"
+        "cpu = dispatch.load('cpu')\n"
+        "with cpu.capability() as runs: print(runs, *cpu.capabilities())",
+        FASTADAPT_CPU="",
+    )
+    runs, *found, emulated = done.stdout.split()
+    slow_pairs = found[-1] == "avx512_bf16" and "Intel" in cpu_model()
+    assert emulated == "amx_emulated" and runs == ("avx512" if slow_pairs else found[-1])
+
+
+@pytest.mark.parametrize(
+    ("extensions", "model", "fast"),
+    [
+        (["avx2", "avx512_f"], "Intel(R) Xeon(R)", False),
+        (["avx2", "avx512_f", "avx512_bf16"], "Intel(R) Xeon(R)", False),
+        (["avx2", "avx512_f", "avx512_bf16", "amx_bf16"], "Intel(R) Xeon(R)", True),
+        (["avx2", "avx512_f", "avx512_bf16"], "AMD EPYC", True),
+    ],
+)
+def test_bfloat16_is_taken_where_its_products_are_faster(monkeypatch, extensions, model, fast):
+    monkeypatch.setattr(environment, "cpu_extensions", lambda: extensions)
+    monkeypatch.setattr(environment, "cpu_model", lambda: model)
+    assert environment.multiplies_bf16_fast() == fast
+    assert _fast_dtype("cpu") == ("bf16" if fast else "fp32")

@@ -141,7 +141,7 @@ def _train_parser(commands: Any) -> None:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
-                         help="bf16 is autocast; auto takes it where the processor has it (auto)")  # fmt: skip
+                         help="bf16 is autocast; auto takes it where it is the faster one (auto)")  # fmt: skip
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (PyTorch's choice)")
     machine.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into DIR/tensorboard")

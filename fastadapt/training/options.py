@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastadapt.environment import cpu_extensions
+from fastadapt.environment import multiplies_bf16_fast
 from fastadapt.errors import UserError
 from fastadapt.training import base, checkpoints, recipe
 from fastadapt.training.data import Source
@@ -51,7 +51,7 @@ class Options:
         rows: the first so many of each training file.
         eval_steps: steps between evaluations; None is an epoch.
         patience: evaluations without a better score after which training stops.
-        dtype: ``auto`` takes bf16 autocast where the processor has it.
+        dtype: ``auto`` takes bf16 autocast where its products are faster than float32's.
         device: ``auto``, ``cpu`` or ``cuda``.
         adapter_lr: of the adapters that ``fusion`` trains first.
         tensorboard: write its logs.
@@ -102,7 +102,7 @@ def _fast_dtype(device: str) -> str:
     """bf16 where its products are faster than float32's."""
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(cpu_extensions()) else "fp32"
+    return "bf16" if multiplies_bf16_fast() else "fp32"
 
 
 def processes() -> int:
