@@ -751,6 +751,30 @@ def test_a_large_linear_output_is_that_of_its_parts(dtype, widths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("activation", "p"), [("gelu", 0.0), ("gelu_new", 0.0), ("none", 0.3)])
+def test_large_results_of_a_linear_that_trains_are_those_of_its_parts(dtype, activation, p):
+    """Pre-activations, dropped outputs and dx are stored past the caches as well."""
+    rows = (8 << 20) // (128 * dtype.itemsize)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 128, generator=generator).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((128, 128), (128,)))
+    g = torch.randn(rows, 128, generator=generator).to(dtype)
+    with torch.no_grad():
+        want = fa.ops.linear(x, weight, bias, activation=activation)
+    y = fa.ops.linear(x, weight, bias, activation=activation, dropout_p=p, seed=7)
+    kept = y != 0 if p else torch.ones_like(y, dtype=torch.bool)
+    torch.testing.assert_close(y[kept], (want / (1 - p))[kept])
+    y.backward(g)
+    few, dx = rows // 4, []
+    for first in range(0, rows, few):
+        part = x.detach()[first : first + few].requires_grad_()
+        masked = torch.where(kept, g / (1 - p), 0)[first : first + few]
+        fa.ops.linear(part, weight, bias, activation=activation).backward(masked)
+        dx.append(part.grad)
+    torch.testing.assert_close(x.grad, torch.cat(dx))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_bottleneck_output_is_that_of_its_parts(dtype):
     """Results of 8 MB and more are stored past the caches here as well."""
     rows, generator = (8 << 20) // (64 * dtype.itemsize), torch.Generator().manual_seed(0)
