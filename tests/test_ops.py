@@ -156,6 +156,26 @@ def test_attention(runner, case):
     cases.check(runner, call, build, case["dtype"], _parameter_dtype(case), activations=("qkv",), case=case)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "prefix", "std"), [(128, 0, 1.0), (32, 0, 1.0), (34, 30, 1.0), (64, 0, 12.0)])
+def test_attention_over_whole_vectors_of_keys(runner, dtype, length, prefix, std):
+    """Without a mask nothing is left of the last vector: scaling and the largest score have a pass of their own.
+
+    Far apart scores, std 12: one that is missed as the largest overflows.
+    """
+    _need(runner, "attention_forward", dtype, head_dim=16, length=prefix + length)
+
+    def build(generator):
+        keys = normal(2, prefix, 32, generator=generator) if prefix else None
+        return {"qkv": normal(2, length, 96, std=std, generator=generator), "prefix": keys}
+
+    def call(qkv, prefix):
+        return fa.ops.attention(qkv, 2, prefix=prefix)
+
+    cases.check(runner, call, build, dtype, dtype, activations=("qkv",))
+
+
 @every_runner
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("boolean", [False, True])
@@ -809,6 +829,42 @@ def test_a_float_keeps_all_its_bits(runner):
         x[7, 11], x[8, 12] = math.inf, math.nan
         finite = fa.ops.linear(x, eye).isfinite()
         assert not finite[7:9].all(1).any() and finite[9:].all()
+
+
+@pytest.mark.parametrize("runner", [r for r in KERNELS if r.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("hidden", [40, 64, 96])
+def test_bfloat16_is_rounded_to_nearest_even(runner, hidden):
+    """Sums of two bfloat16 numbers, many of which lie in the middle between two others, as PyTorch rounds them."""
+    generator = torch.Generator().manual_seed(hidden)
+    x, residual = (torch.randn(50, hidden, generator=generator).bfloat16() for _ in range(2))
+    want = x + residual
+    ties = x.float().add(residual.float()).view(torch.int32) % 0x10000 == 0x8000
+    assert ties.sum() > 100
+    ones, zeros = torch.ones(hidden), torch.zeros(hidden)
+    with runner.running():
+        assert torch.equal(fa.ops.add_norm(x, residual, ones, zeros, return_sum=True)[1], want)
+        nothing = torch.zeros(8, hidden).bfloat16(), None, torch.zeros(hidden, 8).bfloat16(), None
+        assert torch.equal(fa.ops.bottleneck(x, *nothing, residual=residual), want)
+        for row in range(5):
+            y = fa.ops.linear(x, torch.eye(hidden).bfloat16(), residual[row].float())
+            assert torch.equal(y, x + residual[row])
+
+
+@pytest.mark.parametrize("runner", [r for r in KERNELS if r.backend == "cpu"], ids=str)
+@pytest.mark.parametrize("hidden", [40, 64])
+def test_rounding_to_bfloat16_keeps_every_nan(runner, hidden):
+    """Also those whose lower bits are ones, which a carry would turn into a zero."""
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000, 0x7F800001], dtype=torch.int32)
+    bias = torch.zeros(hidden)
+    bias[: 2 * len(patterns) : 2] = patterns.view(torch.float32)
+    x = torch.ones(3, hidden).bfloat16()
+    with runner.running():
+        for y in (
+            fa.ops.linear(x, torch.eye(hidden).bfloat16(), bias),
+            fa.ops.linear(x, torch.eye(hidden).bfloat16(), bias, activation="gelu"),
+            fa.ops.add_norm(torch.arange(hidden).expand(3, -1).bfloat16(), None, torch.ones(hidden), bias),
+        ):
+            assert torch.equal(y.isnan(), bias.isnan().expand(3, -1))
 
 
 def test_statistics_are_those_of_the_sum_as_it_is_stored():
