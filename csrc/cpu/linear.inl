@@ -361,33 +361,43 @@ void linear_forward_chunk(const LinearForward& p, int64_t r0, int64_t rows, int6
         T* z = p.z ? (T*)p.z + (r0 + m) * p.n + col : nullptr;
         uint8_t* code = p.code ? p.code + (r0 + m) * p.n + col : nullptr;
         const bool aligned = stream && offset % 32 == 0;  // what stands before it in a row may be of any width
-        auto rows_to = [&](auto&& value) {
+        auto put_row = [&](T* row, const F (&values)[kNV]) {
+          if (aligned) stream_row(row, values);
+          else store_row(row, values);
+        };
+        // What finish(r, values) makes of a row's sums.
+        auto rows_to = [&](auto&& finish) {
           for (int64_t r = 0; r < mr; ++r) {
             F values[kNV];
 #pragma GCC unroll 8
-            for (int v = 0; v < kNV; ++v) values[v] = value(r, v, load(tile + r * 32 + v * W) + bias[v]);
-            if (z) {
-              F before[kNV];
-              std::copy(values, values + kNV, before);
-              if (aligned) stream_row(z + r * p.n, before);
-              else store_row(z + r * p.n, before);
-              for (int v = 0; v < kNV; ++v) values[v] = act_as<T, A>(before[v]);
-            }
-            if (aligned) stream_row(y + r * p.n, values);
-            else store_row(y + r * p.n, values);
+            for (int v = 0; v < kNV; ++v) values[v] = load(tile + r * 32 + v * W) + bias[v];
+            finish(r, values);
+            put_row(y + r * p.n, values);
           }
         };
         if (keep) {
           const int8_t* kept = keep + m * keep_stride + col;
-          rows_to([&](int64_t r, int v, F x) {
-            return dropped(rounded<T>(x), kept + r * keep_stride + v * W, p.drop.keep_scale);
+          rows_to([&](int64_t r, F(&values)[kNV]) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kNV; ++v)
+              values[v] = dropped(rounded<T>(values[v]), kept + r * keep_stride + v * W, p.drop.keep_scale);
           });
         } else if (z) {
-          rows_to([](int64_t, int, F x) { return rounded<T>(x); });
+          rows_to([&](int64_t r, F(&values)[kNV]) {
+            put_row(z + r * p.n, values);
+#pragma GCC unroll 8
+            for (int v = 0; v < kNV; ++v) values[v] = act_as<T, A>(rounded<T>(values[v]));
+          });
         } else if (code) {
-          rows_to([&](int64_t r, int v, F x) { return act_with_code<T, A>(x, code + r * p.n + v * W); });
+          rows_to([&](int64_t r, F(&values)[kNV]) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kNV; ++v) values[v] = act_with_code<T, A>(values[v], code + r * p.n + v * W);
+          });
         } else {
-          rows_to([](int64_t, int, F x) { return act_as<T, A>(x); });
+          rows_to([](int64_t, F(&values)[kNV]) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kNV; ++v) values[v] = act_as<T, A>(values[v]);
+          });
         }
         return;
       }
