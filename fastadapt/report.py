@@ -26,8 +26,9 @@ class Served:
         op: a name of ``fastadapt.ops``, or "original" where the sublayer's own forward runs.
         backend: which serves it; "torch" for the original.
         refused: faster backend -> why it was refused; or {"fused": why the original forward runs}; or, of the encoder,
-            {"without padding": why the layers see padding}. It then says nothing of what a batch decides: without a
-            mask [B, S], with few tokens or little padding, padding stays.
+            {"without padding": why the layers see padding, "first position alone": why the last layer computes all
+            positions}. It then says nothing of what a call decides: without a mask [B, S], with few tokens or little
+            padding, padding stays; where hidden states are asked for, all positions run.
     """
 
     path: str
@@ -82,8 +83,8 @@ def explain(model: nn.Module, length: int = 128) -> Explanation:
             rows.append(Served(path, "original", "torch", {"fused": reason}))
             continue
         if isinstance(module, FusedEncoder):
-            stays = module.padding_stays()
-            rows.append(Served(path, "layers", "torch", {} if stays is None else {"without padding": stays}))
+            stays = {"without padding": module.padding_stays(), "first position alone": module.all_positions_run()}
+            rows.append(Served(path, "layers", "torch", {what: why for what, why in stays.items() if why is not None}))
             continue
         refusal = module.refusal()
         if refusal is not None:

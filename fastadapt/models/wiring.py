@@ -21,7 +21,8 @@ from fastadapt.modules.linear import FusedLinear
 from fastadapt.modules.routed import RoutedHead
 from fastadapt.modules.state import CONTAINER
 from fastadapt.modules.sublayers import FusedLayer, FusedOutput, name_activation
-from fastadapt.modules.unpad import FusedEncoder, HeadReadsFirst, NoteMask, is_watched
+from fastadapt.modules.unpad import FusedEncoder
+from fastadapt.modules.unseen import Forget, HeadReadsFirst, NoteUnseen, is_watched
 
 for _kind, _name in (
     (activations.NewGELUActivation, "gelu_new"),
@@ -162,17 +163,15 @@ class Wiring:
                 module.__class__ = fused
         encoder = attrgetter(self.encoder)(base)
         if isinstance(encoder, FusedEncoder):
-            layers = self.layers_of(base)
-            encoder.__dict__["attentions"] = [attrgetter(self.attention)(layer) for layer in layers]
-            others = (self.attention_output, self.intermediate, self.output)
-            encoder.__dict__["others"] = [attrgetter(path)(layer) for layer in layers for path in others]
+            paths = (self.attention, self.attention_output, self.intermediate, self.output)
+            encoder.__dict__["sublayers"] = [attrgetter(*paths)(layer) for layer in self.layers_of(base)]
             head = None if model is base else next((m for m in model.modules() if base in m._modules.values()), None)
             if head is not None and head._modules.keys() & set(_READ_ALL):
                 encoder.__dict__["head"] = "all"
             elif head is not None and type(head).__name__.endswith(_READ_FIRST) and not _is_users(head):
                 encoder.__dict__["head"] = "first"
-                _register_once(head, HeadReadsFirst(encoder, base, reads_first))
-            _register_once(base, NoteMask(encoder))
+                _register_once(head, HeadReadsFirst(encoder, base, reads_first), Forget(encoder))
+            _register_once(base, NoteUnseen(encoder), Forget(encoder))
 
     def open_slots(self, model: nn.Module) -> None:
         for module in self.slots_of(model).values():
@@ -183,10 +182,15 @@ class Wiring:
     def restore(self, model: nn.Module) -> None:
         """Give every module of the model its original class and forget what ran in it."""
         for module in model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, NoteMask | HeadReadsFirst):
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+            for hooks, more in (
+                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                (module._forward_hooks, module._forward_hooks_always_called),
+            ):
+                for key in [
+                    key for key, hook in hooks.items() if isinstance(hook, NoteUnseen | HeadReadsFirst | Forget)
+                ]:
+                    del hooks[key]
+                    more.pop(key, None)
             original = self.original.get(type(module))
             if original is None:
                 continue
@@ -197,8 +201,7 @@ class Wiring:
                 "active_head",
                 "first_layer",
                 "adapted",
-                "attentions",
-                "others",
+                "sublayers",
                 "head",
                 "skips_padding",
                 "_views",
@@ -262,9 +265,10 @@ def reads_first(model: nn.Module, base: nn.Module) -> bool:
     return not (is_watched(reader) or is_watched(base))
 
 
-def _register_once(module: nn.Module, hook: NoteMask | HeadReadsFirst) -> None:
-    if not any(isinstance(other, type(hook)) for other in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+def _register_once(module: nn.Module, before: NoteUnseen | HeadReadsFirst, after: Forget) -> None:
+    if not any(isinstance(other, type(before)) for other in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, always_call=True)
 
 
 def _foreign(module: nn.Module) -> bool:

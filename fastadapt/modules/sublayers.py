@@ -9,6 +9,9 @@ child: its parameters live once, in the model's container, and copies and pickle
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,19 +155,35 @@ class FusedSelfAttention(FusedSublayer):
     def _prefix(self) -> Prefix | None:
         return None if self.active is None else self.active.prefix
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        first: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the original; with ``first`` [B, 1, H], position 0 of the hidden states, attention of that alone."""
         # Head masks, caches, encoder states, requested probabilities: whatever is set and not known to be passive.
         asked = _asks(args, kwargs, self._passive)
         refusal, prefix = self.refusal(), self._prefix()  # in this order: asking may settle what is active
         if asked or refusal is not None:
             self._check_children()
             if prefix is not None:
-                return self._composed(prefix, hidden_states, attention_mask, *args, **kwargs)
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+                out = self._composed(prefix, hidden_states, attention_mask, *args, **kwargs)
+            else:
+                out = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return out if first is None else (out[0][:, :1], None)
         children = self._modules
         linears = {"query": children["query"], "key": children["key"], "value": children["value"]}
-        qkv = project(hidden_states, linears, self.active)
         p, scale, heads = _dropout(children["dropout"]), self.scaling, self.num_attention_heads
+        if first is not None:
+            q = project(first, {"query": linears.pop("query")}, self.active)
+            kv = project(hidden_states, linears, self.active)
+            if attention_mask is not None and not isinstance(attention_mask, Tensor):  # a batch without padding
+                return attention_mask.attention_of_first(q, kv, heads, prefix, scale, p), None
+            return self.of_first(q, kv, heads, prefix, attention_mask, scale, p), None
+        qkv = project(hidden_states, linears, self.active)
         if attention_mask is not None and not isinstance(attention_mask, Tensor):  # a batch without padding
             return attention_mask.attention(qkv, heads, prefix, scale, p), None
         if attention_runs_here(qkv.device):
@@ -178,6 +197,29 @@ class FusedSelfAttention(FusedSublayer):
             attention_mask = attention_mask.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=p, scale=scale)
         return out.transpose(1, 2).reshape(batch, length, -1), None
+
+    @classmethod
+    def of_first(
+        cls,
+        q: Tensor,
+        kv: Tensor,
+        heads: int,
+        prefix: Prefix | None,
+        mask: Tensor | None,
+        scale: float | None,
+        p: float,
+    ) -> Tensor:
+        """Attention of one position [B, 1, H] to kv [B, S, 2H]: little work, whose time is that of reading kv."""
+        batch, length, _ = kv.shape
+        k, v = kv.view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask[..., :1, :]
+        if prefix is not None:
+            k, v, mask = cls.behind(prefix, k, v, mask)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        q = q.view(batch, 1, heads, -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+        return out.transpose(1, 2).reshape(batch, 1, -1)
 
     @staticmethod
     def behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -302,6 +344,27 @@ class FusedOutput(FusedSublayer):
         return ops.add_norm(f, x, parameter(norm, "weight"), bias, eps=norm.eps)
 
 
+class _Read(threading.local):
+    """Of the forward that a thread runs: the layer of which position 0 alone is read, and whether it was called."""
+
+    layer: nn.Module | None = None
+    called: bool = False
+
+
+_read = _Read()
+
+
+@contextmanager
+def first_alone(layer: nn.Module | None) -> Iterator[_Read]:
+    """While the context lasts, position 0 alone is read of that layer, and it gives [B, 1, H]."""
+    before = _read.layer
+    _read.layer, _read.called = layer, False
+    try:
+        yield _read
+    finally:
+        _read.layer = before
+
+
 class FusedLayer:
     """One layer, which calls its sublayers itself where the original does nothing else.
 
@@ -312,7 +375,15 @@ class FusedLayer:
     attention_class: type[nn.Module]  # what holds a layer's attention and its output
     returns_tuple: bool  # (output, attention probabilities), or the output alone: the installed transformers' way
 
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _read.layer is self:
+            _read.called = True
+            kwargs["first_alone"] = True  # an argument: a checkpoint that runs the layer again gives it the same
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, first_alone: bool = False, **kwargs: Any
+    ) -> Any:
         own, children = self.__dict__, self._modules
         attention = children["attention"]
         if (
@@ -322,9 +393,16 @@ class FusedLayer:
             or "feed_forward_chunk" in own
             or replaced(attention, self.attention_class) is not None
         ):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            out = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return out if not first_alone else (out[0][:, :1], *out[1:]) if self.returns_tuple else out[:, :1]
         halves = attention._modules
-        context, probabilities = halves["self"](hidden_states, attention_mask=attention_mask)
+        if first_alone:
+            padded = attention_mask is None or isinstance(attention_mask, Tensor)
+            first = hidden_states[:, :1].contiguous() if padded else attention_mask.first(hidden_states)
+            context, probabilities = halves["self"](hidden_states, attention_mask=attention_mask, first=first)
+            hidden_states = first
+        else:
+            context, probabilities = halves["self"](hidden_states, attention_mask=attention_mask)
         x = halves["output"](context, hidden_states)
         y = children["output"](children["intermediate"](x), x)
         return (y, probabilities) if self.returns_tuple else y

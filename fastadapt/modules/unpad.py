@@ -1,46 +1,35 @@
-"""Batches without padding: the encoder's layers see the real tokens alone.
+"""What an encoder need not compute: padding, and in the last layer all but position 0 where the head reads that alone.
 
 At the encoder's entry the tokens of all sequences move together, sorted by the length of their sequence; at its exit
 they go back, and what was padding is zeros. Between the two, linears, adapters and LayerNorms run over [tokens, H], and
 attention runs over each sequence by its length (ByteTransformer, Zhai et al. 2022, arXiv:2210.03052, section III-C).
+
+Of a last layer that is read at position 0 alone, keys and values are of all positions, everything else is of that one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from fastadapt import dispatch, ops
+from fastadapt import ops
+from fastadapt.modules.active import Active, Part
 from fastadapt.modules.prefix import Prefix
-from fastadapt.modules.routed import Routed
-from fastadapt.modules.sublayers import FusedSelfAttention, FusedSublayer, Op
+from fastadapt.modules.routed import Routed, Table
+from fastadapt.modules.sublayers import FusedLayer, FusedSelfAttention, FusedSublayer, Op, first_alone
+from fastadapt.modules.unseen import is_watched, notes
 
 # Below as many tokens, padding included, sorting costs what it saves; and so it does with less padding than this.
 LEAST_TOKENS = 512
 LEAST_PADDING = {"cpu": 0.1, "cuda": 0.25}
 # Rows with adaptations of their own are told apart in pieces of this many tokens, all of one sequence.
 ROUTED_PIECE = 16
-
-
-class _Masks(threading.local):
-    """Masks on their way from the hooks before a forward to its encoder, a thread's own: several may run one model."""
-
-    def __init__(self) -> None:
-        # What a model was given whose head reads the first position alone; what the encoder may take for padding.
-        self.given: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-        self.noted: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-
-
-_masks = _Masks()
 
 
 @dataclass(frozen=True)
@@ -65,6 +54,7 @@ class Packed:
         owners: the batch row of every piece.
         groups: the sequences by length.
         bounds: [..] int32, where sequences, and the rows between them, begin and end.
+        order: [B] int64, the batch row of every sequence; ``firsts``: [B] int64, where it begins.
     """
 
     source: Tensor
@@ -74,6 +64,8 @@ class Packed:
     owners: list[int]
     groups: tuple[Group, ...]
     bounds: Tensor
+    order: Tensor
+    firsts: Tensor
 
     @classmethod
     def of(cls, mask: Tensor, piece: int, device: torch.device) -> Packed:
@@ -98,7 +90,8 @@ class Packed:
             (order[row] * mask.shape[1] + column).to(device, non_blocking=True),
             None if piece == 1 else place.to(device, non_blocking=True),
             start, piece, order.repeat_interleave(room // piece).tolist() if piece > 1 else [], tuple(groups),
-            bounds.to(device, non_blocking=True),
+            bounds.to(device, non_blocking=True), order.to(device, non_blocking=True),
+            starts.to(device, non_blocking=True),
         )  # fmt: skip
 
     def pack(self, x: Tensor) -> Tensor:
@@ -114,6 +107,14 @@ class Packed:
         real = real if self.place is None else real.index_select(0, self.place)
         return real.new_zeros(shape[0] * shape[1], shape[2]).index_copy(0, self.source, real).view(shape)
 
+    def first(self, x: Tensor) -> Tensor:
+        """Position 0 of every sequence, as [B, 1, H]."""
+        return x.flatten(0, 1).index_select(0, self.firsts).unsqueeze(1)
+
+    def unpack_first(self, y: Tensor) -> Tensor:
+        """[B, 1, H] in the batch's order."""
+        return torch.empty_like(y).index_copy(0, self.order, y)
+
     # -- attention -------------------------------------------------------------------------------------------------
 
     def attention(self, qkv: Tensor, heads: int, prefix: Prefix | None, scale: float | None, p: float) -> Tensor:
@@ -127,12 +128,24 @@ class Packed:
             out = self._padded_again(flat, heads, prefix, scale, p)
         return out.view(*qkv.shape[:2], -1)
 
+    def attention_of_first(
+        self, q: Tensor, kv: Tensor, heads: int, prefix: Prefix | None, scale: float | None, p: float
+    ) -> Tensor:
+        """That of position 0 of each sequence; q [B, 1, H], kv [.., .., 2H]."""
+        parts, queries = [], q.split([g.count for g in self.groups])
+        for g, asking, own in zip(self.groups, queries, self._by_group(kv), strict=True):
+            own = own.view(g.count, g.room, -1)[:, : g.length]
+            parts.append(FusedSelfAttention.of_first(asking, own, heads, prefix, None, scale, p))
+        return torch.cat(parts)
+
+    def _by_group(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Rows of each group. Split, not sliced: the backward of each slice would write a gradient of all rows."""
+        return x.flatten(0, -2).split([g.count * g.room for g in self.groups])
+
     def _by_length(self, qkv: Tensor, heads: int, prefix: Prefix | None, scale: float | None, p: float) -> Tensor:
         """One op for all sequences of a length."""
         before, parts = None if prefix is None else prefix(1), []
-        sizes = [g.count * g.room for g in self.groups]
-        # Split, not sliced: the backward of each slice would write a gradient of all rows.
-        for g, own in zip(self.groups, qkv.split(sizes), strict=True):
+        for g, own in zip(self.groups, self._by_group(qkv), strict=True):
             own = own.view(g.count, g.room, -1)
             if g.room == g.length:
                 out = ops.attention(own, heads, prefix=before, scale=scale, dropout_p=p)
@@ -173,14 +186,14 @@ class Packed:
 
 
 class FusedEncoder(FusedSublayer):
-    """The stack of layers, which removes the padding where that pays and nobody would notice.
+    """The stack of layers, which leaves out what nobody would notice.
 
     Padding counts where a mask [B, S] of the base's was given. Hidden states of padding are then zeros at the exit, so
-    that happens where a head reads position 0 alone, or where the caller has asked for it (``skip_padding``).
+    that happens where a head reads position 0 alone, or where the caller has asked for it (``skip_padding``). For such
+    a head the last layer computes position 0 alone, and hidden states are [B, 1, H] at the exit.
     """
 
-    attentions: Sequence[nn.Module] = ()  # of all layers
-    others: Sequence[nn.Module] = ()  # what else of the layers may be fused
+    sublayers: Sequence[tuple[nn.Module, ...]] = ()  # what may be fused of each layer, attention first
     head: str = "caller"  # who reads the hidden states: "first" position alone, "all", or the caller
     skips_padding: bool = False  # the caller wants zeros where padding is
     keeps_padding: bool = False  # while a graph is captured, whose shapes are fixed
@@ -190,7 +203,7 @@ class FusedEncoder(FusedSublayer):
 
     def padding_stays(self) -> str | None:
         """Why the layers see padding, whatever the batch; None where they need not."""
-        for attention in self.attentions:
+        for attention, *_ in self.sublayers:
             if not isinstance(attention, FusedSelfAttention):
                 return f"attention is a {type(attention).__name__}"
             if getattr(attention, "foreign", False):
@@ -200,15 +213,13 @@ class FusedEncoder(FusedSublayer):
             prefix = None if attention.active is None else attention.active.prefix
             if prefix is not None and prefix.training and prefix.dropout > 0.0:
                 return "a dropout gives every row of the batch its own prefix"
-        for m in self.others:
-            for active in m.active.actives if isinstance(m.active, Routed) else (m.active,) if m.active else ():
-                site = active.site
-                if site is None:
-                    continue
-                if getattr(site, "gate", None) is not None:
-                    return "a gate is a mean over all positions"
-                if site.rows() is not None:
-                    return "rows of the batch go without their adapters"
+        for site in (active.site for layer in self.sublayers for m in layer for active in _actives(m)):
+            if site is None:
+                continue
+            if getattr(site, "gate", None) is not None:
+                return "a gate is a mean over all positions"
+            if site.rows() is not None:
+                return "rows of the batch go without their adapters"
         if self.head == "all":
             return "the model's head reads it"
         if self.head == "caller" and not self.skips_padding:
@@ -219,26 +230,57 @@ class FusedEncoder(FusedSublayer):
             return "a hook or a forward of its own in a layer"
         return None
 
+    def all_positions_run(self) -> str | None:
+        """Why the last layer computes all positions, though position 0 alone is read; None where it need not."""
+        last = self.layer[-1]
+        if not isinstance(last, FusedLayer):
+            return f"the last layer is a {type(last).__name__}"
+        if self.head != "first":
+            return "the model's head reads them" if self.head == "all" else "hidden states are outputs"
+        for m in self.sublayers[-1]:
+            if not isinstance(m, FusedSublayer):
+                return f"in the last layer, there is a {type(m).__name__}"
+            if getattr(m, "foreign", False):
+                return "AdapterHub's library runs these layers"
+            if (reason := m.refusal()) is not None:
+                return f"in the last layer, {reason}"
+        for site in (active.site for m in self.sublayers[-1] for active in _actives(m)):
+            if getattr(site, "gate", None) is not None:
+                return "a gate is a mean over all positions"
+            parts = site.modules() if site is not None and site.training else ()
+            if any(isinstance(part, Part) and part.has_loss and part.averaged for part in parts):
+                return "a loss is a mean over all positions"
+        if any(is_watched(module) for module in last.modules()):
+            return "a hook or a forward of its own in the last layer"
+        return None
+
     def ops(self, length: int) -> list[Op]:
         return []
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        noted = None if torch.compiler.is_compiling() else _masks.noted.pop(self, None)
-        packed = None if noted is None or attention_mask is None else self._packed(noted, hidden_states, args, kwargs)
-        if packed is None:
+        unseen = None if torch.compiler.is_compiling() else notes.unseen.pop(self, None)
+        if unseen is None or _asks_for_more(args, kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        with self._routed(packed):
-            out = super().forward(packed.pack(hidden_states), packed, *args, **kwargs)
-        last = packed.unpack(out[0], hidden_states.shape)
+        packed = None
+        if unseen.padding is not None and attention_mask is not None:
+            packed = self._packed(unseen.padding, hidden_states)
+        table = self._table()
+        # Without padding rows with adaptations of their own are told apart by pieces, and on a GPU attention is one op.
+        alone = unseen.but_first and (packed is None or (table is None and hidden_states.device.type == "cpu"))
+        with first_alone(self.layer[-1] if alone and self.all_positions_run() is None else None) as read:
+            if packed is None:
+                return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            with nullcontext() if table is None else table.of_pieces(packed.owners):
+                out = super().forward(packed.pack(hidden_states), packed, *args, **kwargs)
+        last = packed.unpack_first(out[0]) if read.called else packed.unpack(out[0], hidden_states.shape)
         if isinstance(out, tuple):
             return (last, *out[1:])
         out["last_hidden_state"] = last
         return out
 
-    def _packed(self, mask: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Packed | None:
+    def _packed(self, mask: Tensor, x: Tensor) -> Packed | None:
         """The batch without its padding; None where it stays."""
-        asked = [*args, *(v for k, v in kwargs.items() if k not in ("return_dict", "position_ids", "cache_position"))]
-        if any(_set(v) for v in asked) or mask.shape != x.shape[:2] or mask.numel() < LEAST_TOKENS:
+        if mask.shape != x.shape[:2] or mask.numel() < LEAST_TOKENS:
             return None
         if x.device.type not in LEAST_PADDING or self.padding_stays() is not None:
             return None
@@ -247,27 +289,22 @@ class FusedEncoder(FusedSublayer):
             return None  # the pooler reads position 0, which a mask that hides it does not make padding of
         return Packed.of(real, ROUTED_PIECE if self._table() is not None else 1, x.device)
 
-    def _table(self):
-        modules = (*self.attentions, *self.others)
-        return next((m.active.table for m in modules if isinstance(m.active, Routed)), None)
-
-    def _routed(self, packed: Packed) -> AbstractContextManager[None]:
-        table = self._table()
-        return nullcontext() if table is None else table.of_pieces(packed.owners)
+    def _table(self) -> Table | None:
+        """Of a batch whose rows have adaptations of their own."""
+        actives = (getattr(m, "active", None) for layer in self.sublayers for m in layer)
+        return next((active.table for active in actives if isinstance(active, Routed)), None)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody sees what the module is given or gives: by a hook, or by a forward of the instance's own.
+def _actives(module: nn.Module) -> Sequence[Active]:
+    """What runs in a sublayer, of all rows."""
+    active = getattr(module, "active", None)
+    return active.actives if isinstance(active, Routed) else () if active is None else (active,)
 
-    transformers' hooks stay for good, and see nothing unless hidden states or attentions are asked for.
-    """
-    if "forward" in module.__dict__ or _global_forward_hooks or _global_forward_pre_hooks:
-        return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(
-        (getattr(hook, "__module__", None) or "").partition(".")[0] not in ("transformers", "fastadapt")
-        for hook in hooks
-    )
+
+def _asks_for_more(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an argument of the encoder asks for something."""
+    passive = ("return_dict", "position_ids", "cache_position")
+    return any(_set(v) for v in (*args, *(v for k, v in kwargs.items() if k not in passive)))
 
 
 def _set(value: Any) -> bool:
@@ -275,56 +312,3 @@ def _set(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_set(v) for v in value)
     return value is not None and value is not False and value is not True
-
-
-def _mask_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    return mask if isinstance(mask, Tensor) else None
-
-
-class HeadReadsFirst:
-    """Before the forward of a model whose head reads position 0 alone: nobody sees what the base makes of padding.
-
-    Args:
-        encoder: of the model.
-        base: the bare model around it.
-        holds: whether what runs now behind the base is such: of the model and the base.
-    """
-
-    def __init__(self, encoder: FusedEncoder, base: nn.Module, holds: Callable[[nn.Module, nn.Module], bool]) -> None:
-        self.encoder, self.base, self.holds = encoder, base, holds
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        _masks.given.pop(self.encoder, None)
-        mask = _mask_of(args, kwargs)
-        if mask is not None and self.holds(model, self.base) and not is_watched(self.encoder):
-            _masks.given[self.encoder] = mask
-
-
-class NoteMask:
-    """Before the base's forward: tell the encoder which positions are padding, where nobody will see what is there."""
-
-    def __init__(self, encoder: FusedEncoder) -> None:
-        self.encoder = encoder
-
-    def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        encoder = self.encoder
-        if torch.compiler.is_compiling() or encoder.keeps_padding:
-            return
-        _masks.noted.pop(encoder, None)
-        given, mask = _masks.given.pop(encoder, None), _mask_of(args, kwargs)
-        if mask is None or mask.dim() != 2 or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        if dispatch.transformed():  # a mapped mask has no values to look at, and no memory of its own
-            return
-        # A model of several choices gives the base another view of its mask.
-        unseen = given is not None and given.data_ptr() == mask.data_ptr() and given.numel() == mask.numel()
-        config = base.config
-        asked = any(
-            kwargs.get(name) if kwargs.get(name) is not None else getattr(config, name, False)
-            for name in ("output_hidden_states", "output_attentions")
-        )
-        if (unseen or encoder.skips_padding) and not asked:
-            _masks.noted[encoder] = mask
