@@ -267,6 +267,31 @@ def test_all_positions_run_where_something_would_notice(alone):
         assert not runs_alone(fa.accelerate(bare), alone, **inputs)
 
 
+def pools(self, input_ids):
+    return self.bert(input_ids).last_hidden_state.mean(1)
+
+
+def test_a_forward_of_the_users_own_is_given_all_positions(alone, monkeypatch):
+    model = fa.accelerate(make(max_position_embeddings=64))
+    ids = inputs_of(model, "none")["input_ids"]
+    with torch.no_grad():
+        want = model.bert(ids).last_hidden_state.mean(1)
+        model.forward = pools.__get__(model)
+        torch.testing.assert_close(model(ids), want, **CLOSE)
+        del model.forward
+        monkeypatch.setattr(type(model), "forward", pools)
+        torch.testing.assert_close(model(ids), want, **CLOSE)
+    assert not alone
+
+
+def test_accelerates_forward_around_a_models_is_none_of_the_users(alone):
+    accelerate = pytest.importorskip("accelerate")
+    model = fa.accelerate(make(max_position_embeddings=64))
+    model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    assert "forward" in model.__dict__
+    assert runs_alone(model, alone, **inputs_of(model, "none"))
+
+
 def test_a_loss_over_all_positions_has_them(alone):
     model = adapted(SEQUENCE[0], "masked", **QUIET)
     inputs = inputs_of(model, "none")

@@ -7,9 +7,10 @@ names, ``isinstance``, copies, pickles and hooks go on as before, and giving the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any
 
 import transformers
 from torch import nn
@@ -243,12 +244,19 @@ def _is_users(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] not in ("transformers", "fastadapt")
 
 
+def _is_known(forward: Callable[..., Any]) -> bool:
+    """Whether a model's forward is transformers', or accelerate's around it."""
+    return (getattr(forward, "__module__", None) or "").partition(".")[0] in ("transformers", "accelerate")
+
+
 def reads_first(model: nn.Module, base: nn.Module) -> bool:
     """Whether position 0 alone is read of what a sequence classifier's base gives, and nobody else looks at it.
 
     The reader is the base's pooler, or the head's first part where the base has none. What comes behind it is given one
     position, whatever it is.
     """
+    if not _is_known(model.forward):  # put into the instance or the class by the user: it may read what it likes
+        return False
     pooler, summary = base._modules.get("pooler"), model._modules.get("sequence_summary")
     if pooler is not None:
         reader = pooler
