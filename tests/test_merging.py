@@ -102,7 +102,9 @@ def test_while_merged_the_forward_is_the_bare_models(model_class, monkeypatch):
 
     monkeypatch.setattr(project.ops, "linear", lambda *a, **k: calls.append(k.get("loras")) or true(*a, **k))
     merged = output(model)
-    assert len(calls) == 12 and not any(calls)
+    # Four products a layer; in the last one, where position 0 alone is read, the query's is by itself.
+    first_alone = model_class.__name__.endswith("SequenceClassification")
+    assert len(calls) == 12 + first_alone and not any(calls)
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=2e-5)
     assert {row.op for row in fa.explain(model).rows}.isdisjoint({"lora", "original"})
     assert "active adaptation: a (merged)" in str(fa.explain(model))
