@@ -77,13 +77,13 @@ bench-full: .venv-bench/stamp-$(TORCH)
 	$(FASTADAPT) bench latency $(CONDITIONS) --batch 1 8 32 --dtype fp32 bf16 --budget 60 \
 	  --peers adapterhub compile adapterhub-compile openvino \
 	  --json $(RESULTS)/latency.json --plot $(RESULTS)/latency.png
-	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 32 --dtype fp32 bf16 --budget 60 \
+	$(FASTADAPT) bench train $(CONDITIONS) --batch 8 32 --dtype fp32 bf16 --budget 60 --peers adapterhub all-positions \
 	  --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
 	$(FASTADAPT) bench op --batch 8 128 --dtype fp32 bf16 --budget 15 \
 	  --json $(RESULTS)/op.json --plot $(RESULTS)/op.png
 	$(FASTADAPT) bench latency $(LORA) --rank 8 64 --batch 1 8 32 --dtype fp32 bf16 --budget 40 --peers peft \
 	  --json $(RESULTS)/latency_lora.json --plot $(RESULTS)/latency_lora.png
-	$(FASTADAPT) bench train $(LORA) --rank 8 --batch 8 32 --dtype fp32 bf16 --budget 60 --peers peft \
+	$(FASTADAPT) bench train $(LORA) --rank 8 --batch 8 32 --dtype fp32 bf16 --budget 60 --peers peft all-positions \
 	  --json $(RESULTS)/train_lora.json --plot $(RESULTS)/train_lora.png
 	$(FASTADAPT) bench merge $(MODEL) --rank 1 8 64 128 --targets all query,value --batch 8 32 --dtype fp32 bf16 \
 	  --merge-layers 12 --cycles 1000 --budget 15 --json $(RESULTS)/merge.json --plot $(RESULTS)/merge.png

@@ -155,8 +155,11 @@ class Watch(TrainerCallback):
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model, watch = adapted("houlsby"), Watch()
     trainer = trainer_of(model, tmp_path, callbacks=[watch], max_steps=6, eval_strategy="steps", eval_steps=2,
-                         save_strategy="steps", save_steps=2, load_best_model_at_end=True, learning_rate=0.1,
+                         save_strategy="steps", save_steps=2, load_best_model_at_end=True,
                          lr_scheduler_type="constant")  # fmt: skip
+    # What is learned is wrong for the rows that judge: the first model is the best.
+    trainer.train_dataset = [{**row, "labels": torch.tensor(0)} for row in trainer.train_dataset]
+    trainer.eval_dataset = [{**row, "labels": torch.tensor(1)} for row in trainer.eval_dataset]
     trainer.train()
     scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     best = min(range(3), key=scores.__getitem__)

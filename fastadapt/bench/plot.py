@@ -19,6 +19,7 @@ COLOURS = {
     "fastadapt": "#d9480f",
     "fastadapt-merged": "#f08c00",
     "fastadapt-swapped": "#ffc078",
+    "all-positions": "#f2b38f",
     "adapterhub": "#4263eb",
     "peft": "#1098ad",
     "peft-merged": "#99e9f2",

@@ -131,6 +131,7 @@ PEERS: dict[str, Peer] = {
         Peer("fastadapt-merged", "fastadapt, merged", "fused", True, (), "merged", ours=True),
         Peer("fastadapt-swapped", "fastadapt, swapped in", "fused", True, (), "swapped", ours=True),
         Peer("undropped", "fastadapt, no layer dropped", "fused", False, (), None, "undropped", ours=True),
+        Peer("all-positions", "fastadapt, all positions", "fused", True, (), None, "all_positions", ours=True),
         Peer("adapterhub", "AdapterHub", "adapterhub", True, _ADAPTERS, "inference", "training"),
         Peer("peft", "PEFT", "peft", True, _PEFT, "inference", "training", False, "peft-merged", "merging"),
         Peer("peft-merged", "PEFT, merged", "peft", True, _PEFT, "merged"),

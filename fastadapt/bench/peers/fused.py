@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 import fastadapt as fa
-from fastadapt.bench.methods.base import Tensors
+from fastadapt.bench.methods.base import Tensors, encoder_layers
 from fastadapt.bench.peers import Inference, Merging, Training
 from fastadapt.bench.peers.stock import no_grad_forward, training_step
 from fastadapt.bench.setup import Setup
@@ -66,6 +66,13 @@ def merging(setup: Setup) -> Merging:
 
 def training(setup: Setup) -> Training:
     return training_step(setup, *install(setup))
+
+
+def all_positions(setup: Setup) -> Training:
+    """With all positions in the last layer too, of which the classifier reads the first: somebody looks on."""
+    model, tensors = install(setup)
+    encoder_layers(model)[-1].register_forward_hook(lambda *_: None)
+    return training_step(setup, model, tensors)
 
 
 def undropped(setup: Setup) -> Training:
