@@ -227,6 +227,19 @@ def test_adapterhub_computes_the_same_lora_where_it_has_one():
         PEERS["adapterhub"].setup("inference", Setup(Case(batch=1, seq=4, layers=1, method="lora")))
 
 
+@pytest.mark.parametrize("method", ["houlsby", "lora"])
+def test_one_peer_runs_all_positions_of_the_last_layer_and_fastadapt_the_first(method):
+    setup = Setup(dataclasses.replace(CASE, method=method, layers=2), classifier=True)
+    for name, positions in (("fastadapt", 1), ("all-positions", 8)):
+        system, seen = PEERS[name].setup("training", setup), []
+        pooler = system.model.bert.pooler
+        honest = type(pooler).forward
+        with pytest.MonkeyPatch.context() as patch:  # a hook would be somebody who looks
+            patch.setattr(type(pooler), "forward", lambda own, x, to=seen: to.append(x.shape) or honest(own, x))
+            system.loss()
+        assert seen == [(2, positions, setup.stock().config.hidden_size)]
+
+
 def test_a_training_step_changes_weights_and_only_what_trains():
     setup = Setup(CASE, classifier=True)
     system = PEERS["fastadapt"].setup("training", setup)
