@@ -232,10 +232,14 @@ def test_one_peer_runs_all_positions_of_the_last_layer_and_fastadapt_the_first(m
     setup = Setup(dataclasses.replace(CASE, method=method, layers=2), classifier=True)
     for name, positions in (("fastadapt", 1), ("all-positions", 8)):
         system, seen = PEERS[name].setup("training", setup), []
-        pooler = system.model.bert.pooler
-        honest = type(pooler).forward
+        pooler = type(system.model.bert.pooler)
+
+        def note(own, x, to=seen, honest=pooler.forward):
+            to.append(tuple(x.shape))
+            return honest(own, x)
+
         with pytest.MonkeyPatch.context() as patch:  # a hook would be somebody who looks
-            patch.setattr(type(pooler), "forward", lambda own, x, to=seen: to.append(x.shape) or honest(own, x))
+            patch.setattr(pooler, "forward", note)
             system.loss()
         assert seen == [(2, positions, setup.stock().config.hidden_size)]
 
