@@ -12,7 +12,16 @@ from transformers import RobertaForSequenceClassification
 
 import fastadapt as fa
 from fastadapt.modules import unpad
-from tests.tiny import METHODS, SEQUENCE, BertForQuestionAnswering, BertForTokenClassification, BertModel, make, shake
+from tests.tiny import (
+    METHODS,
+    SEQUENCE,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
+    at_once,
+    make,
+    shake,
+)
 
 LENGTHS = (40, 3, 17, 17, 1, 29, 16, 8)
 EVERY = {
@@ -297,17 +306,7 @@ def test_threads_that_run_one_model_have_masks_of_their_own(packed):
     # Each waits in the embeddings, behind the hooks that note its mask, until the other is there too.
     together = threading.Barrier(2, timeout=60)
     handle = model.bert.embeddings.register_forward_pre_hook(lambda *_: (together.wait(), None)[1])
-    got = [None, None]
-
-    def run(i):
-        with torch.no_grad():
-            got[i] = model(**batches[i]).logits
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = at_once(*(torch.no_grad()(lambda each=each: model(**each).logits) for each in batches))
     handle.remove()
     assert len(packed) == 2
     for own, expected in zip(got, want, strict=True):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import (
@@ -100,3 +104,18 @@ def shake(module: nn.Module, std: float = 0.2, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         p.add_(std * torch.randn(p.shape, generator=generator).to(p))
+
+
+def at_once(*runs: Callable[[], Any]) -> list[Any]:
+    """What each gives, run in a thread of its own."""
+    got: list[Any] = [None] * len(runs)
+
+    def keep(i: int) -> None:
+        got[i] = runs[i]()
+
+    threads = [threading.Thread(target=keep, args=(i,)) for i in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got

@@ -23,6 +23,7 @@ from fastadapt.modules.heads import HeadSlot
 from fastadapt.modules.peer import terms_of
 from fastadapt.modules.plain import replaced
 from fastadapt.modules.step import Step
+from fastadapt.modules.unseen import Given
 
 
 class Table:
@@ -315,7 +316,7 @@ class BeginRouted:
         self.table, self.let_train, self.fork = table, let_train, Fork(table)
 
     def __call__(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids, count = _tokens(args, kwargs), self.table.text_count
+        ids, count = Given.to(args, kwargs).tokens, self.table.text_count
         if ids is not None and ids.shape[0] != count * self.table.each:
             raise ValueError(f"names: got {count} in fa.route, but the batch has {ids.shape[0]} rows; accepted is one "
                              "name, or tuple of names, a row")  # fmt: skip
@@ -339,8 +340,3 @@ class CountChoices:
         embeds = kwargs.get("inputs_embeds")
         shape = () if ids is None and embeds is None else ids.shape if ids is not None else embeds.shape[:-1]
         self.table.each = shape[1] if len(shape) == 3 else 1
-
-
-def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return kwargs.get("inputs_embeds") if ids is None else ids

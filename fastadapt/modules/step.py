@@ -18,6 +18,7 @@ from fastadapt import dispatch
 from fastadapt.config import AdapterDrop
 from fastadapt.modules.active import Part
 from fastadapt.modules.state import container_of
+from fastadapt.modules.unseen import Given
 
 
 @dataclass(eq=False)
@@ -113,11 +114,9 @@ class Step:
 
         The draws are PyTorch's CPU generator's, so that seeds repeat them.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        given = Given.to(args, kwargs)
         turn = self.turn = Turn(recorded=torch.is_grad_enabled())
-        turn.unpadded = mask.bool() if mask is not None and mask.dim() == 2 else None
+        turn.unpadded = given.mask.bool() if given.mask is not None and given.mask.dim() == 2 else None
         if self.drop is None or not base.training:
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -128,7 +127,7 @@ class Step:
         if self.drop.mode == "robust":
             turn.first = _on_all_ranks(torch.randint(self.layers, ()), next(base.parameters()).device)
         elif self.drop.mode == "independent":
-            turn.live = torch.rand(self.layers, ids.shape[0]) >= self.drop.p
+            turn.live = torch.rand(self.layers, given.tokens.shape[0]) >= self.drop.p
 
     def dropped(self, layer: int) -> bool:
         """Whether nothing of the adaptation runs in this layer (-1: the embeddings) for any row."""

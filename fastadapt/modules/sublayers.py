@@ -189,14 +189,27 @@ class FusedSelfAttention(FusedSublayer):
         if attention_runs_here(qkv.device):
             before = None if prefix is None else prefix(qkv.shape[0])
             return ops.attention(qkv, heads, prefix=before, mask=attention_mask, scale=scale, dropout_p=p), None
-        batch, length, _ = qkv.shape
-        q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.attend(q, k, v, prefix, attention_mask, scale, p), None
+
+    @classmethod
+    def attend(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: Prefix | None,
+        mask: Tensor | None,
+        scale: float | None,
+        p: float,
+    ) -> Tensor:
+        """PyTorch's attention of queries [B, heads, Q, d], as [B, Q, H]."""
         if prefix is not None:
-            k, v, attention_mask = self.behind(prefix, k, v, attention_mask)
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=p, scale=scale)
-        return out.transpose(1, 2).reshape(batch, length, -1), None
+            k, v, mask = cls.behind(prefix, k, v, mask)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
+        return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
     @classmethod
     def of_first(
@@ -210,16 +223,9 @@ class FusedSelfAttention(FusedSublayer):
         p: float,
     ) -> Tensor:
         """Attention of one position [B, 1, H] to kv [B, S, 2H]: little work, whose time is that of reading kv."""
-        batch, length, _ = kv.shape
-        k, v = kv.view(batch, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask[..., :1, :]
-        if prefix is not None:
-            k, v, mask = cls.behind(prefix, k, v, mask)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(q.dtype)
-        q = q.view(batch, 1, heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
-        return out.transpose(1, 2).reshape(batch, 1, -1)
+        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return cls.attend(q, k, v, prefix, None if mask is None else mask[..., :1, :], scale, p)
 
     @staticmethod
     def behind(prefix: Prefix, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

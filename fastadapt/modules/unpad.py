@@ -178,10 +178,7 @@ class Packed:
         batch = reached // longest
         q, k, v = padded.view(batch, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
         mask = real.view(batch, 1, 1, longest).expand(-1, -1, longest, -1)
-        if prefix is not None:
-            k, v, mask = FusedSelfAttention.behind(prefix, k, v, mask)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, scale=scale)
-        out = out.transpose(1, 2).reshape(reached, -1).index_select(0, at)
+        out = FusedSelfAttention.attend(q, k, v, prefix, mask, scale, p).flatten(0, 1).index_select(0, at)
         return out if self.place is None else out.new_zeros(self.rows, out.shape[1]).index_copy(0, here, out)
 
 

@@ -113,8 +113,8 @@ class NoteUnseen:
         if torch.compiler.is_compiling():
             return
         notes.unseen.pop(encoder, None)
-        model_given, given = notes.given.pop(encoder, None), Given.to(args, kwargs)
-        if model_given is None and (given.mask is None or not encoder.skips_padding):
+        model_given = notes.given.pop(encoder, None)
+        if model_given is None and not encoder.skips_padding:
             return
         if dispatch.transformed():  # a mapped tensor has no values to look at, and no memory of its own
             return
@@ -122,6 +122,7 @@ class NoteUnseen:
             kwargs.get(name) if kwargs.get(name) is not None else getattr(base.config, name, False)
             for name in ("output_hidden_states", "output_attentions")
         )
+        given = Given.to(args, kwargs)
         but_first = model_given is not None and model_given.went_to(given)
         if asked or not (but_first or encoder.skips_padding):
             return
